@@ -1,0 +1,702 @@
+"""What this project claims, as tests: python -m pytest (about two minutes on two CPU cores)"""
+
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import npp
+import tokenizer
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+FASHION = os.path.join(HERE, "data", "fashion")
+PATCH_EDGES = (1, 2, 4)
+
+
+# ---- helpers ----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def golden():
+    """The official code's numbers for a random model of 2 layers: see data/golden/README.md"""
+    with np.load(os.path.join(HERE, "data", "golden", "llamagen_tiny.npz")) as z:
+        g = {k: torch.from_numpy(z[k]) for k in z}
+    n_layer, n_head, dim, vocab, grid, classes = g["config"].tolist()
+    model = npp.Transformer(n_layer, n_head, dim, vocab, classes, grid)
+    model.load_state_dict({k[6:]: v for k, v in g.items() if k.startswith("model.")})
+    return g, model.eval()
+
+
+def small_model(vocab=11, classes=3, grid=4, seed=0):
+    torch.manual_seed(seed)
+    model = npp.Transformer(2, 2, 32, vocab, classes, grid)
+    torch.nn.init.normal_(model.output.weight, std=0.3)  # zero weights would hide every difference
+    return model.eval()
+
+
+def write_data(folder, images=96, vocab=16, grid=4, classes=3, views=2, **meta):
+    """A data set without a tokenizer: codes that depend on the class and the position"""
+    os.makedirs(folder, exist_ok=True)
+    rng = np.random.default_rng(0)
+    labels = rng.integers(classes, size=images)
+    codes = labels[:, None, None] + np.arange(grid**2) + rng.integers(3, size=(images, views, 1))
+    np.save(os.path.join(folder, "codes.npy"), (codes % vocab).astype(np.uint8))
+    np.save(os.path.join(folder, "labels.npy"), labels)
+    np.save(os.path.join(folder, "codes_val.npy"), (codes[:32] % vocab).astype(np.uint8))
+    np.save(os.path.join(folder, "labels_val.npy"), labels[:32])
+    facts = {"vocab": vocab, "grid": grid, "image_size": grid * 4, "tokenizer": None,
+             "classes": [f"class {i}" for i in range(classes)], "tokenizer_sha256": None,
+             "made_by": "a test", **meta}
+    with open(os.path.join(folder, "meta.json"), "w") as f:
+        json.dump(facts, f)
+    return str(folder)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_data(tmp_path / "data")
+
+
+def flags(**values):
+    return [x for k, v in values.items() for x in (f"--{k}", str(v))]
+
+
+SHORT = {"steps": 24, "batch": 8, "lr": 0.03, "log_every": 4, "eval_every": 8, "save_every": 6}
+
+
+def train(data, out, **values):
+    return npp.main(flags(data=data, out=out, **{**SHORT, **values}))
+
+
+def start(data, out, *launcher, **values):
+    """The same in a process of its own, which can be killed"""
+    command = [sys.executable, *launcher, os.path.join(HERE, "npp.py")]
+    return subprocess.Popen(command + flags(data=data, out=out, **{**SHORT, **values}),
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def weights(out, name="ckpt.pt"):
+    return torch.load(os.path.join(out, name), weights_only=True)["model"]
+
+
+def log(out):
+    with open(os.path.join(out, "log.jsonl")) as f:
+        return [{k: v for k, v in json.loads(x).items() if k != "img_s"} for x in f]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def wait_for_step(out, step, seconds=60):
+    for _ in range(seconds * 20):
+        path = os.path.join(out, "log.jsonl")
+        if os.path.exists(path):
+            with open(path) as f:
+                if any(f'"step": {step},' in line for line in f):
+                    return
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step} in {seconds} s")
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+# ---- 1. the method ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("p", PATCH_EDGES)
+def test_patches_and_targets_equal_naive_loops(p):
+    h = 8
+    x, codes = torch.randn(2, h * h, 3), torch.arange(2 * h * h).view(2, h * h)
+    averages, targets = npp.patchify(x, p), npp.patch_targets(codes, p)
+    for b in range(2):
+        for row in range(h // p):
+            for column in range(h // p):
+                block = [(row * p + i) * h + column * p + j for i in range(p) for j in range(p)]
+                patch = row * (h // p) + column
+                torch.testing.assert_close(averages[b, patch], x[b, block].mean(0))
+                assert targets[b, patch].tolist() == codes[b, block].tolist()
+
+
+@pytest.mark.parametrize("p", PATCH_EDGES)
+def test_loss_equals_cross_entropy_on_repeated_logits(p):
+    torch.manual_seed(0)
+    targets = torch.randint(7, (2, 4, p * p))
+    logits = torch.randn(2, 4, 7)
+    repeated = logits[:, :, None].expand(-1, -1, p * p, -1).reshape(-1, 7)
+    torch.testing.assert_close(npp.npp_loss(logits, targets),
+                               F.cross_entropy(repeated, targets.flatten()))
+
+
+def test_p1_is_plain_next_token_prediction():
+    model, codes, labels = small_model(), torch.randint(11, (3, 16)), torch.tensor([0, 1, 2])
+    assert torch.equal(npp.patchify(torch.ones(1, 16, 2) * 0.3, 1), torch.ones(1, 16, 2) * 0.3)
+    logits = model(codes, labels)
+    torch.testing.assert_close(model.loss(codes, labels),
+                               F.cross_entropy(logits.flatten(0, 1), codes.flatten()))
+
+
+def test_stages_end_where_the_paper_says():
+    spans = {(2, 1): [(2, 0, 50), (1, 50, 100)], (1,): [(1, 0, 100)],
+             (4, 2, 1): [(4, 0, 25), (2, 25, 50), (1, 50, 100)],
+             (8, 4, 2, 1): [(8, 0, 12), (4, 12, 25), (2, 25, 50), (1, 50, 100)]}
+    for patches, expected in spans.items():
+        for p, first, end in expected:
+            for step in (first, end - 1):
+                assert npp.stage(step, 100, patches, 0.5) == (p, first, end)
+    assert npp.stage(79, 100, (2, 1), 0.8)[0] == 2 and npp.stage(80, 100, (2, 1), 0.8)[0] == 1
+
+
+def test_learning_rate_at_every_boundary():
+    def lr(step, warmup=5, patches=(2, 1)):
+        return npp.lr_at(step, 200, patches, 0.5, 1.0, 0.1, warmup, 0.2)
+
+    for first in (0, 100):  # each stage afresh
+        assert [lr(first + i) for i in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+        assert lr(first + 80) == pytest.approx(1.0)
+        assert lr(first + 90) == pytest.approx(0.1 + 0.9 / 2)
+        assert lr(first + 99) == pytest.approx(0.1 + 0.9 / 20)
+    assert lr(0, warmup=1000) == pytest.approx(0.1)  # at most a tenth of the stage, 10 steps
+    assert lr(9, warmup=1000) == lr(10, warmup=1000) == 1.0
+    assert lr(0, warmup=0) == 1.0
+    assert lr(100, patches=(1,)) == 1.0
+
+
+def test_rotary_scores_depend_on_relative_positions_only():
+    h, rope = 6, npp.rope_2d(6, 16)
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+
+    def score(a, b):
+        turned = [npp.rotate(x, rope[1 + r * h + c][None]) for x, (r, c) in ((q, a), (k, b))]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(score((0, 1), (2, 3)), score((3, 2), (5, 4)))
+    assert (score((0, 1), (2, 3)) - score((0, 1), (3, 2))).abs() > 1e-3
+    assert rope.shape == (1 + h * h, 8, 2) and rope[0].abs().max() == 0
+
+
+# ---- 2. the official code ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("p", PATCH_EDGES)
+def test_logits_loss_gradient_and_rope_equal_the_official_code(golden, p):
+    g, model = golden
+    logits = model(g["codes"], g["labels"], p)
+    expected = g[f"logits_p{p}"].reshape(logits.shape) if p == 1 else (
+        g[f"logits_p{p}"][:, 0].reshape(logits.shape))  # the official ones are repeated K times
+    assert relative(logits, expected) < 1e-5
+    model.zero_grad()
+    loss = model.loss(g["codes"], g["labels"], p)
+    loss.backward()
+    norm = torch.stack([w.grad.norm() for w in model.parameters()]).norm()
+    assert loss.item() == pytest.approx(g[f"loss_p{p}"].item(), rel=1e-5)
+    assert norm.item() == pytest.approx(g[f"gradnorm_p{p}"].item(), rel=1e-5)
+    assert relative(npp.rope_2d(model.grid // p, model.head_dim), g[f"rope_p{p}"]) < 1e-5
+
+
+@pytest.mark.parametrize("scale", (1, 2))
+def test_greedy_samples_equal_the_official_code(golden, scale):
+    g, model = golden
+    codes = npp.generate(model, g["labels"], cfg_scale=scale, top_k=1)
+    assert torch.equal(codes, g[f"greedy_cfg{scale}"].long())
+
+
+def test_sizes_have_the_published_numbers_of_parameters():
+    millions = {"B": 110.888, "L": 342.9, "XL": 774.7, "XXL": 1411.0, "3B": 3096.7}
+    for name, expected in millions.items():
+        with torch.device("meta"):
+            model = npp.Transformer(**npp.SIZES[name], vocab=16384, classes=1000, grid=16)
+        count = sum(w.numel() for w in model.parameters())
+        assert count / 1e6 == pytest.approx(expected, abs=0.05)
+
+
+def test_cost_gives_the_table_of_the_paper():
+    table_2 = {("B", (1,)): "25.06", ("L", (1,)): "83.54", ("XL", (1,)): "193.35",
+               ("XXL", (1,)): "355.72", ("B", (2, 1)): "15.70", ("L", (8, 4, 2, 1)): "47.95"}
+    for (size, patches), printed in table_2.items():
+        assert f"{npp.cost(size, patches)[0] / 1e9:.2f}" == printed
+    assert f"{npp.cost('XL', (1,), grid=24)[0] / 1e9:.2f}" == "434.11"
+    average, (coarse, fine) = npp.cost("B", (2, 1), lam=0.75)
+    assert average == pytest.approx(0.75 * coarse + 0.25 * fine)
+
+
+# ---- 3. the transformer -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("p", PATCH_EDGES)
+def test_no_gradient_reaches_the_future(p):
+    model, codes, labels = small_model(grid=8), torch.randint(11, (1, 64)), torch.tensor([1])
+    embedded = model.tok_embeddings(codes).detach().requires_grad_()
+    model.tok_embeddings.forward = lambda _: embedded
+    for i in range(64 // p**2):
+        loss = model(codes, labels, p)[0, i].logsumexp(0)
+        (gradient,) = torch.autograd.grad(loss, embedded)
+        seen = npp.patchify(gradient.abs(), p).sum(-1)[0] > 0
+        assert seen[:i].all() and not seen[i:].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("p", (1, 2))
+def test_cached_logits_equal_uncached(p):
+    model, codes, labels = small_model(), torch.randint(11, (3, 16)), torch.tensor([0, 1, 3])
+    positions = 16 // p**2
+    x = npp.patchify(model.tok_embeddings(codes), p)
+    x = torch.cat([model.embed_class(labels), x[:, :-1]], dim=1)
+    rope = npp.rope_2d(4 // p, model.head_dim)
+    cache = torch.zeros(2, 2, 3, 2, positions, model.head_dim)
+    steps = [model.run(x[:, i : i + 1], rope[i : i + 1], cache, torch.tensor([i]))
+             for i in range(positions)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), model(codes, labels, p))
+
+
+def test_first_loss_is_the_log_of_the_vocabulary():
+    model = npp.Transformer(2, 2, 32, 50, 3, 4)
+    loss = model.loss(torch.randint(50, (2, 16)), torch.tensor([0, 1]), 2)
+    assert loss.item() == pytest.approx(math.log(50), abs=1e-6)
+
+
+def test_dropout_acts_in_training_only_and_never_on_labels():
+    model = npp.Transformer(2, 2, 32, 11, 3, 4, dropout=0.5)
+    torch.nn.init.normal_(model.output.weight)
+    batch = torch.randint(11, (2, 16)), torch.tensor([0, 1])
+    assert not torch.equal(model.train()(*batch), model(*batch))
+    assert torch.equal(model.eval()(*batch), model(*batch))
+    without = small_model().train()
+    assert torch.equal(without(*batch), without(*batch))
+
+
+def test_bfloat16_weights_keep_a_float32_rope():
+    model, batch = small_model(), (torch.randint(11, (2, 16)), torch.tensor([0, 1]))
+    exact = model(*batch)
+    rounded = model.bfloat16()(*batch)
+    assert rounded.dtype == torch.float32 and relative(rounded, exact) < 0.05
+
+
+# ---- 4. sampling ------------------------------------------------------------------------------
+
+def test_codes_follow_the_inverse_of_the_distribution():
+    logits = torch.tensor([0.5, 0.25, 0.25]).log().expand(5, 3)
+    u = torch.tensor([0.0, 0.49, 0.51, 0.76, 1 - 2**-24])
+    assert npp.choose(logits, u).tolist() == [0, 0, 1, 2, 2]
+    torch.manual_seed(0)
+    counts = torch.bincount(npp.choose(logits[:1].expand(20000, 3), torch.rand(20000))) / 20000
+    torch.testing.assert_close(counts, torch.tensor([0.5, 0.25, 0.25]), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("u", (0.0, 0.5, 1 - 2**-24))
+def test_filters_keep_only_the_likeliest_codes(u):
+    logits = torch.tensor([[0.05, 0.5, 0.05, 0.3, 0.1]]).log()
+    u = torch.tensor([u])
+    assert npp.choose(logits, u, top_k=1).item() == 1
+    assert npp.choose(logits, u, top_k=2).item() in (1, 3)
+    assert npp.choose(logits, u, top_p=0.4).item() == 1  # the code that crosses top_p stays
+    assert npp.choose(logits, u, top_p=0.6).item() in (1, 3)
+    assert npp.choose(logits, u, temperature=0).item() == 1
+
+
+def test_top_k_1_is_argmax_at_every_position():
+    model, labels = small_model(), torch.tensor([0, 1, 2])
+    codes = npp.generate(model, labels, top_k=1)
+    assert torch.equal(model(codes, labels).argmax(-1), codes)
+
+
+def test_guidance_1_is_conditional_and_0_unconditional():
+    model, labels, noise = small_model(), torch.tensor([0, 1, 2]), torch.rand(3, 16)
+    plain = npp.generate(model, labels, noise=noise)
+    near = npp.generate(model, labels, cfg_scale=1 + 1e-7, noise=noise)  # by way of two batches
+    none = npp.generate(model, labels, cfg_scale=0, noise=noise)
+    null = npp.generate(model, torch.full_like(labels, model.classes), noise=noise)
+    assert torch.equal(plain, near) and torch.equal(none, null) and not torch.equal(plain, null)
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    model, labels = small_model(), torch.tensor([0, 1, 2, 0])
+    noise = npp.noise_of(7, range(4), 16)
+    together = npp.generate(model, labels, cfg_scale=2, noise=noise)
+    for i in range(4):
+        alone = npp.generate(model, labels[i : i + 1], cfg_scale=2, noise=npp.noise_of(7, [i], 16))
+        assert torch.equal(alone[0], together[i])
+
+
+def test_compiled_sampling_gives_the_same_codes():
+    model, labels, noise = small_model(), torch.tensor([0, 1]), torch.rand(2, 16)
+    assert torch.equal(npp.generate(model, labels, 2.0, noise=noise, compile=True),
+                       npp.generate(model, labels, 2.0, noise=noise))
+
+
+def test_patchwise_sampling_draws_every_code_of_a_patch_from_one_distribution():
+    model, labels = small_model(), torch.tensor([0, 1])
+    noise = torch.rand(2, 4)
+    noise = noise.view(2, 2, 1, 2, 1).expand(2, 2, 2, 2, 2).reshape(2, 16)  # equal in each patch
+    codes = npp.patch_targets(npp.generate(model, labels, noise=noise, p=2), 2)
+    assert (codes == codes[..., :1]).all() and len(codes.unique()) > 1
+
+
+# ---- 5. data ----------------------------------------------------------------------------------
+
+def test_an_epoch_visits_every_image_once(data):
+    codes, cfg = npp.Codes(data), npp.Config(batch=36, class_dropout=0)  # 96 images
+    order = [npp.permutation(96, 0, epoch) for epoch in range(3)]
+    where = np.concatenate(order)
+    for step in range(8):
+        labels = codes.batch(step, cfg)[1]
+        assert labels.tolist() == codes.labels[where[step * 36 : step * 36 + 36]].tolist()
+    assert sorted(order[0]) == list(range(96)) and not np.array_equal(order[0], order[1])
+
+
+def test_batches_do_not_depend_on_ranks(data):
+    codes, cfg = npp.Codes(data), npp.Config(batch=12)
+    whole = codes.batch(5, cfg)
+    parts = [codes.batch(5, cfg, slice(r * 4, r * 4 + 4)) for r in range(3)]
+    for i in range(2):
+        assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
+    assert not torch.equal(whole[0], npp.Codes(data).batch(5, npp.Config(batch=12, seed=1))[0])
+
+
+def test_views_and_null_labels_are_drawn_at_random(data):
+    codes, cfg = npp.Codes(data), npp.Config(batch=4000)
+    batch, labels = codes.batch(0, cfg)
+    assert (labels == 3).float().mean().item() == pytest.approx(0.1, abs=0.02)
+    index = np.concatenate([npp.permutation(96, 0, e) for e in range(42)])[:4000]
+    first = (batch.numpy() == codes.codes[index, 0]).all(1)
+    assert 0.4 < first.mean() < 0.75  # a third of the images have two equal views
+
+
+# ---- 6. training ------------------------------------------------------------------------------
+
+def test_a_run_leaves_logs_checkpoints_and_no_rubbish(data, tmp_path):
+    out = str(tmp_path / "run")
+    assert train(data, out) == 0
+    assert sorted(os.listdir(out)) == ["ckpt.pt", "ckpt_p1.pt", "ckpt_p2.pt", "log.jsonl"]
+    lines = log(out)
+    assert [x["step"] for x in lines] == [4, 6, 8, 12, 16, 18, 20, 24]
+    assert [x["p"] for x in lines] == [2] * 4 + [1] * 4
+    assert [x["step"] for x in lines if "val_loss" in x] == [8, 12, 16, 24]
+    assert lines[0]["loss"] == pytest.approx(math.log(16), abs=0.2) and lines[-1]["loss"] < 2
+    assert same(weights(out), weights(out, "ckpt_p1.pt"))
+
+
+def test_one_image_can_be_learned_by_heart(tmp_path):
+    data, out = write_data(tmp_path / "one", images=1, views=1), str(tmp_path / "run")
+    assert train(data, out, steps=120, batch=4, lr=0.2, class_dropout=0.0, save_every=120) == 0
+    assert log(out)[-1]["loss"] < 0.01
+    codes = npp.Codes(data)
+    model = npp.load_model(os.path.join(out, "ckpt.pt"))
+    drawn = npp.generate(model, torch.from_numpy(codes.labels[:1].copy()))
+    assert drawn[0].tolist() == codes.codes[0, 0].tolist()
+
+
+def test_killed_and_resumed_is_bit_identical(data, tmp_path):
+    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
+    process = start(data, whole, dropout=0.1)
+    assert process.wait(120) == 0, process.stderr.read()
+    for step in (8, 16):  # once in each stage, off the checkpoints at 6, 12, 18
+        process = start(data, broken, dropout=0.1)
+        wait_for_step(broken, step)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    process = start(data, broken, dropout=0.1)
+    assert process.wait(120) == 0, process.stderr.read()
+    for name in ("ckpt_p2.pt", "ckpt_p1.pt", "ckpt.pt"):
+        assert same(weights(whole, name), weights(broken, name))
+    assert log(whole) == log(broken)
+
+
+def test_a_torn_log_line_is_dropped_on_resume(data, tmp_path):
+    out = str(tmp_path / "run")
+    assert train(data, out, steps=12) == 0
+    expected = log(out)
+    state = torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)
+    with open(os.path.join(out, "log.jsonl"), "a") as f:
+        f.write('{"step": 12, "p": 1, "lo')
+    npp.cut_log(os.path.join(out, "log.jsonl"), state["step"])
+    assert log(out) == expected
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_signals_save_before_the_end(data, tmp_path, number):
+    out = str(tmp_path / "run")
+    process = start(data, out, steps=4000, save_every=4000, eval_every=4000)
+    wait_for_step(out, 8)
+    process.send_signal(number)
+    assert process.wait(60) == 130, process.stderr.read()
+    state = torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)
+    assert state["step"] >= 8 and "goes on from there" in process.stdout.read()
+
+
+def test_two_ranks_and_accumulation_train_as_one(data, tmp_path):
+    outs = {name: str(tmp_path / name) for name in ("one", "two", "micro")}
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29613"]
+    process = start(data, outs["two"], *launcher)
+    assert train(data, outs["one"]) == 0 == train(data, outs["micro"], micro_batch=2)
+    assert process.wait(120) == 0, process.stderr.read()
+    for name in ("two", "micro"):
+        for a, b in zip(log(outs["one"]), log(outs[name])):
+            assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        first = [weights(outs[x], "ckpt_p2.pt")["tok_embeddings.weight"] for x in ("one", name)]
+        assert relative(*first) < 1e-2  # Adam divides tiny gradients by themselves
+
+
+def test_a_finished_run_says_so_and_another_recipe_is_refused(data, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    assert train(data, out, steps=4) == 0
+    before = weights(out)
+    assert train(data, out, steps=4, micro_batch=4, log_every=1) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert train(data, out, steps=4, lam=0.25, seed=3) == 2
+    message = capsys.readouterr().err
+    assert "lam is 0.5 there, 0.25 here" in message and "seed is 0 there, 3 here" in message
+    assert same(before, weights(out))
+
+
+def test_fine_tuning_starts_from_given_weights(data, tmp_path):
+    out = str(tmp_path / "run")
+    assert train(data, out) == 0
+    other = write_data(tmp_path / "other", classes=5)
+    tuned = str(tmp_path / "tuned")
+    assert train(other, tuned, init=os.path.join(out, "ckpt.pt"), steps=2, lr=0.0, lr_min=0.0) == 0
+    a, b = weights(out), weights(tuned)
+    assert torch.equal(a["layers.0.attention.wo.weight"], b["layers.0.attention.wo.weight"])
+    assert b["cls_embedding.embedding_table.weight"].shape[0] == 6
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(data, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    assert train(data, out, lr=1e30, clip=1e30, save_every=100, log_every=4) == 2
+    assert "the loss is nan at step" in capsys.readouterr().err
+    assert all(w.isfinite().all() for w in weights(out).values())
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(data, tmp_path):
+    out = str(tmp_path / "run")
+    assert train(data, out, steps=4) == 0
+    before = weights(out)
+    program = ("import resource, sys, torch; import tokenizer as t;"
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+               f"t.one_line_errors(lambda _: t.write_atomically({out + '/ckpt.pt'!r}, lambda f: "
+               "torch.save(torch.zeros(1_000_000), f)))(None); print('went on')")
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True)
+    assert done.stderr.count("\n") == 1 and "nothing is changed" in done.stderr
+    assert same(before, weights(out)) and not os.path.exists(out + "/ckpt.pt.part")
+
+
+# ---- 7. bad input: one line, exit code 2 ------------------------------------------------------
+
+def refuses(capsys, arguments, *words, main=npp.main):
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1, message
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize("values, word", [
+    ({"model": "M"}, "model is M"), ({"patches": "1,2"}, "patches is (1, 2)"),
+    ({"patches": "4,2"}, "decrease to 1"), ({"patches": "3,1"}, "divisors"),
+    ({"patches": "x"}, "patches"), ({"lam": 1}, "lam is 1.0"), ({"lam": 0}, "lam is 0.0"),
+    ({"micro_batch": 3}, "batch is 8"), ({"batch": 0}, "batch is 0"), ({"lr": "fast"}, "lr"),
+    ({"steps": -1}, "steps is -1"), ({"dtype": "float8"}, "dtype is float8"),
+    ({"stepz": 3}, "stepz"), ({"data": "none"}, "data is none"),
+    ({"classes": "class 9"}, "class 9"), ({"init": "no.pt"}, "no.pt"),
+])
+def test_a_bad_flag_is_named(data, tmp_path, capsys, values, word):
+    out = tmp_path / "run"
+    refuses(capsys, flags(**{"data": data, "out": out, **SHORT, **values}), word)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name, damage, words", [
+    ("codes.npy", None, ("missing",)),
+    ("codes.npy", b"\x93NUMPY\x01", ("damaged",)),
+    ("codes.npy", np.zeros((96, 2, 16), np.int64), ("int64", "uint8 uint16")),
+    ("codes.npy", np.zeros((96, 16), np.uint8), ("(96, 16)", "(-1, -1, 16)")),
+    ("codes.npy", np.zeros((96, 2, 15), np.uint8), ("(96, 2, 15)",)),
+    ("codes.npy", np.full((96, 2, 16), 16, np.uint8), ("16 to 16", "0 to 15")),
+    ("labels.npy", np.full(96, 3), ("3 to 3", "0 to 2")),
+    ("labels.npy", np.full(96, -1), ("-1 to -1",)),
+    ("labels.npy", np.zeros(95, np.int64), ("(95,)", "(96,)")),
+    ("codes_val.npy", np.zeros((32, 2, 9), np.uint8), ("(32, 2, 9)",)),
+    ("meta.json", None, ("meta.json",)),
+    ("meta.json", b"{", ("meta.json",)),
+    ("meta.json", b'{"vocab": 16}', ("grid",)),
+])
+def test_bad_data_is_named(data, tmp_path, capsys, name, damage, words):
+    path = os.path.join(data, name)
+    os.remove(path)
+    if isinstance(damage, bytes):
+        with open(path, "wb") as f:
+            f.write(damage)
+    elif damage is not None:
+        np.save(path, damage)
+    refuses(capsys, flags(data=data, out=tmp_path / "run", **SHORT), name, *words)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+def test_bad_checkpoints_are_refused_and_run_no_code(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out, path = str(tmp_path / "run"), str(tmp_path / "run" / "ckpt.pt")
+    assert train(data, out, steps=4) == 0
+    with open(path, "rb") as f:
+        whole = f.read()
+    for content in (whole[: len(whole) // 2], b"", pickle.dumps({"model": Evil()})):
+        with open(path, "wb") as f:
+            f.write(content)
+        refuses(capsys, flags(data=data, out=out, **{**SHORT, "steps": 8}), "ckpt.pt")
+        refuses(capsys, ["--sample", path], "ckpt.pt")
+        with open(path, "rb") as f:
+            assert f.read() == content  # and nothing is lost
+    assert not os.path.exists("hacked")
+    torch.save({"model": {"tok_embeddings.weight": torch.zeros(3, 4)}}, path)
+    refuses(capsys, ["--sample", path], "expected a transformer")
+
+
+def test_codes_of_another_tokenizer_are_refused(tmp_path, capsys):
+    model = tokenizer.VQModel(16, 8, 32, (1, 1, 1), 32)
+    data = write_data(tmp_path / "data", tokenizer="tokenizer.pt", tokenizer_sha256="0" * 64)
+    tokenizer.save_tokenizer(os.path.join(data, "tokenizer.pt"), model)
+    refuses(capsys, flags(data=data, out=tmp_path / "run", **SHORT), "sha256", "0000")
+
+
+# ---- 8. the command line ----------------------------------------------------------------------
+
+def test_every_flag_is_explained_by_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        npp.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name in npp.NAMES:
+        assert f"--{name} " in text
+    assert "images a step, over all ranks" in text
+
+
+def test_plan_shows_what_a_schedule_costs(capsys):
+    arguments = flags(model="B", data="none", patches="2,1")
+    assert npp.main([*arguments, "--plan"]) == 0
+    text = capsys.readouterr().out
+    assert "average 15.70, 0.6265 of the 25.06" in text
+    assert f"{round(300 * 1281167 / 256) // 2:,}" in text
+
+
+def test_tiny_brings_its_own_recipe_and_the_others_the_papers():
+    assert npp.parse([]).steps == npp.TINY["steps"] and npp.parse([]).dropout == 0
+    paper = npp.parse(["--model", "B"])
+    assert (paper.epochs, paper.steps, paper.lr, paper.dropout) == (300, 0, 1e-4, 0.1)
+    assert npp.parse(["--epochs", "2"]).steps == 0
+
+
+# ---- 9. the tokenizer and the embedded data ---------------------------------------------------
+
+def test_vq16_has_the_published_names_and_size():
+    with torch.device("meta"):
+        model = tokenizer.VQModel()
+    state = model.state_dict()
+    assert sum(w.numel() for w in model.parameters()) == 71_883_403 and model.factor == 16
+    for name, shape in (("encoder.conv_blocks.4.attn.1.proj_out.weight", (512, 512, 1, 1)),
+                        ("encoder.conv_blocks.0.downsample.conv.weight", (128, 128, 3, 3)),
+                        ("encoder.conv_blocks.2.res.0.nin_shortcut.weight", (256, 128, 1, 1)),
+                        ("decoder.conv_blocks.3.upsample.conv.bias", (128,)),
+                        ("decoder.mid.1.norm.weight", (512,)),
+                        ("quantize.embedding.weight", (16384, 8))):
+        assert state[name].shape == shape
+
+
+def test_embedded_images_survive_their_codes():
+    model = tokenizer.load_tokenizer(os.path.join(FASHION, "tokenizer.pt"))
+    with np.load(os.path.join(FASHION, "reference.npz")) as z:
+        images = z["arr_0"][::20]
+        labels = z["labels"]
+    codes = np.load(os.path.join(FASHION, "codes_val.npy"))[:, 0]
+    again = model.encode(tokenizer.from_uint8(images)).flatten(1).numpy()
+    assert (again == codes[::20]).mean() > 0.999  # rounding may differ between machines
+    shown = tokenizer.to_uint8(model.decode(torch.from_numpy(codes[::20]).long().view(-1, 8, 8)))
+    inside = np.s_[:, 2:30, 2:30]  # the 28 x 28 original pixels
+    error = np.square(images[inside].astype(float) - shown[inside]).mean()
+    assert 10 * np.log10(255**2 / error) > 24.5
+    assert np.array_equal(labels, np.load(os.path.join(FASHION, "labels_val.npy")))
+    assert len(np.unique(np.load(os.path.join(FASHION, "codes.npy")))) == 256
+
+
+def write_images(folder, size=16):
+    rng = np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        os.makedirs(folder / name)
+        for i in range(3):
+            picture = Image.fromarray(rng.integers(255, size=(size, size + i, 3), dtype=np.uint8))
+            picture.save(folder / name / f"{i}.png")
+    return str(folder)
+
+
+def test_own_images_become_codes_pictures_and_samples(tmp_path, capsys):
+    images, data = write_images(tmp_path / "images"), str(tmp_path / "data")
+    path, out = str(tmp_path / "tokenizer.pt"), str(tmp_path / "run")
+    assert tokenizer.main(["train", images, path, *flags(
+        image_size=16, steps=3, codebook_size=32, ch_mult="1,1,1")]) == 0
+    for split in ("train", "val"):
+        assert tokenizer.main(["encode", images, data, *flags(
+            tokenizer=path, image_size=16, split=split)]) == 0
+    codes = np.load(os.path.join(data, "codes.npy"))
+    assert codes.shape == (6, 2, 16) and codes.dtype == np.uint8
+    assert np.load(os.path.join(data, "labels.npy")).tolist() == [0, 0, 0, 1, 1, 1]
+    assert tokenizer.main(["reconstruct", images, str(tmp_path / "again.png"), *flags(
+        tokenizer=path, image_size=16)]) == 0
+    assert "PSNR" in capsys.readouterr().out
+    assert train(data, out, steps=4) == 0
+    for name, columns in (("samples.png", 10), ("samples_p2.png", 5), ("samples_p1.png", 5)):
+        picture = Image.open(os.path.join(out, name))
+        assert picture.size == (columns * 17 * 4 - 4, 2 * 17 * 4 - 4)
+    sampled = [str(tmp_path / x) for x in ("a.npz", "b.npz")]
+    for path, micro in zip(sampled, (0, 2)):
+        assert npp.main(flags(sample=os.path.join(out, "ckpt.pt"), out=path, n=5,
+                              micro_batch=micro)) == 0
+    a, b = (np.load(path) for path in sampled)
+    assert a["arr_0"].shape == (5, 16, 16, 3) and a["labels"].tolist() == [0, 1, 0, 1, 0]
+    assert np.array_equal(a["arr_0"], b["arr_0"])  # a sample does not depend on its batch
+    picture = str(tmp_path / "dogs.png")
+    assert npp.main(flags(sample=os.path.join(out, "ckpt.pt"), out=picture, classes="dogs,0",
+                          n=6)) == 0
+    assert Image.open(picture).size == (3 * 17 * 4 - 4, 2 * 17 * 4 - 4)
+
+
+def test_an_unreadable_image_is_named_and_the_rest_encoded(tmp_path, capsys):
+    images, data = write_images(tmp_path / "images"), str(tmp_path / "data")
+    with open(tmp_path / "images" / "cats" / "1.png", "wb") as f:
+        f.write(b"no picture")
+    path = str(tmp_path / "tokenizer.pt")
+    tokenizer.save_tokenizer(path, tokenizer.VQModel(32, 8, 32, (1, 1, 1), 32))
+    assert tokenizer.main(["encode", images, data, *flags(tokenizer=path, image_size=16)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("unreadable") == 1 and "1.png" in message
+    assert np.load(os.path.join(data, "labels.npy")).tolist() == [0, 0, 1, 1, 1]
+    assert len(np.load(os.path.join(data, "codes.npy"))) == 5
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["encode", "nowhere", "x", "--tokenizer", "t.pt"], "nowhere"),
+    (["train", "broken.npz", "x"], "broken.npz"), (["train", "empty", "x"], "no images"),
+    (["encode", "images", "x", "--tokenizer", "none.pt"], "none.pt"),
+    (["encode", "images", "x", "--tokenizer", "t.pt", "--image_size", "18"], "multiple of 4"),
+    (["encode", "images", "x", "--tokenizer", "t.pt", "--split", "test"], "split is test"),
+    (["enkode", "images", "x"], "enkode"), (["train", "images", "x", "--ch", "20"], "ch is 20"),
+])
+def test_bad_arguments_of_the_tokenizer_are_named(tmp_path, capsys, monkeypatch, arguments, word):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "images")
+    os.mkdir("empty")
+    with open("broken.npz", "wb") as f:
+        f.write(b"PK")
+    tokenizer.save_tokenizer("t.pt", tokenizer.VQModel(32, 8, 32, (1, 1, 1), 32))
+    refuses(capsys, arguments, word, main=tokenizer.main)
+    assert not os.path.exists("x")
