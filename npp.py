@@ -86,7 +86,7 @@ class Config:
 
 NAMES = [f.name for f in fields(Config)]
 RECIPE = NAMES[NAMES.index("model") : NAMES.index("micro_batch")]  # what decides the result
-TINY = dict(steps=1500, batch=64, lr=8e-3, dropout=0, log_every=25, eval_every=250, save_every=250)
+TINY = dict(steps=1200, batch=64, lr=8e-3, dropout=0, log_every=25, eval_every=200, save_every=200)
 
 # ---- 1. Next patch prediction ------------------------------------------------------------------
 
@@ -345,7 +345,7 @@ class Codes:
         path = os.path.join(self.path, "{}" + suffix + ".npy").format
         vocab, length, classes = self.facts["vocab"], self.facts["grid"] ** 2, self.facts["classes"]
         codes = open_array(path("codes"), "uint8 uint16", (-1, -1, length), vocab)
-        return codes, open_array(path("labels"), "int64 int32", codes.shape[:1], len(classes))
+        return codes, open_array(path("labels"), "uint16 int64", codes.shape[:1], len(classes))
 
     def batch(self, step, cfg, rows=slice(None)):
         """`rows` of the global batch of a step -> codes (b, N), labels (b,), int64
@@ -410,12 +410,13 @@ def resume(cfg, facts, model, optimizer):
     path = os.path.join(cfg.out, "ckpt.pt")
     if not os.path.exists(path):
         return 0
-    saved, here = load_file(path), {**asdict(cfg), **facts}
-    there = {**saved.get("config", {}), **saved}
-    differ = [f"{k} is {there.get(k)} there, {here[k]} here" for k in (*RECIPE, *facts)
-              if there.get(k) != here[k] and k != "tokenizer"]            # whose file may move
+    saved = load_file(path)
+    pairs = [(k, saved.get("config", {}).get(k), getattr(cfg, k)) for k in RECIPE]
+    pairs += [(k, saved.get(k), facts[k]) for k in facts if k != "tokenizer"]  # whose file may move
+    differ = "; ".join(f"{k} is {there} there, {here} here" for k, there, here in pairs
+                       if there != here)
     if differ:
-        raise BadInput(f"{cfg.out} holds another run, choose another --out ({'; '.join(differ)})")
+        raise BadInput(f"{cfg.out} holds another run, choose another --out ({differ})")
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"]

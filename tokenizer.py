@@ -478,7 +478,7 @@ def encode(args):
         print(f"\r{len(kept):,} of {len(data):,} images", end="", flush=True)
     codes = torch.cat(codes).numpy().astype(np.uint8 if vocab <= 256 else np.uint16)
     os.makedirs(args.out, exist_ok=True)
-    for name, array in (("codes", codes), ("labels", data.labels[kept])):
+    for name, array in (("codes", codes), ("labels", data.labels[kept].astype(np.uint16))):
         name = os.path.join(args.out, f"{name}{suffix}.npy")
         write_atomically(name, lambda f, array=array: np.save(f, array))
     copy = os.path.join(args.out, "tokenizer.pt")
