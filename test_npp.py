@@ -1,27 +1,37 @@
 """What this project claims, as tests: python -m pytest (about two minutes on two CPU cores)"""
 
+import functools
 import json
 import math
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.linalg import sqrtm
 
+import fid
 import npp
 import tokenizer
+from data.fashion import features
+from tokenizer import generator
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FASHION = os.path.join(HERE, "data", "fashion")
 PATCH_EDGES = (1, 2, 4)
-
+# Images, and what torch-fidelity 0.4.0's FeatureExtractorInceptionV3 makes of them with the weights
+# of random_inception(): its outputs "2048" and "logits_unbiased", and the first 7 channels of
+# Mixed_6d.branch1x1 as NHWC. `names` and `shapes` are those of its state dict.
+INCEPTION = os.path.join(HERE, "data", "golden", "inception_random.npz")
 
 # ---- helpers ----------------------------------------------------------------------------------
 
@@ -35,13 +45,11 @@ def golden():
     model.load_state_dict({k[6:]: v for k, v in g.items() if k.startswith("model.")})
     return g, model.eval()
 
-
 def small_model(vocab=11, classes=3, grid=4, seed=0):
     torch.manual_seed(seed)
     model = npp.Transformer(2, 2, 32, vocab, classes, grid)
     torch.nn.init.normal_(model.output.weight, std=0.3)  # zero weights would hide every difference
     return model.eval()
-
 
 def write_data(folder, images=96, vocab=16, grid=4, classes=3, views=2, **meta):
     """A data set without a tokenizer: codes that depend on the class and the position"""
@@ -60,22 +68,17 @@ def write_data(folder, images=96, vocab=16, grid=4, classes=3, views=2, **meta):
         json.dump(facts, f)
     return str(folder)
 
-
 @pytest.fixture
 def data(tmp_path):
     return write_data(tmp_path / "data")
 
-
 def flags(**values):
     return [x for k, v in values.items() for x in (f"--{k}", str(v))]
 
-
 SHORT = {"steps": 24, "batch": 8, "lr": 0.03, "log_every": 4, "eval_every": 8, "save_every": 6}
-
 
 def train(data, out, **values):
     return npp.main(flags(data=data, out=out, **{**SHORT, **values}))
-
 
 def start(data, out, *launcher, **values):
     """The same in a process of its own, which can be killed"""
@@ -84,19 +87,15 @@ def start(data, out, *launcher, **values):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
-
 def weights(out, name="ckpt.pt"):
     return torch.load(os.path.join(out, name), weights_only=True)["model"]
-
 
 def log(out):
     with open(os.path.join(out, "log.jsonl")) as f:
         return [{k: v for k, v in json.loads(x).items() if k != "img_s"} for x in f]
 
-
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
 
 def wait_for_step(out, step, seconds=60):
     for _ in range(seconds * 20):
@@ -108,12 +107,10 @@ def wait_for_step(out, step, seconds=60):
         time.sleep(0.05)
     raise AssertionError(f"no step {step} in {seconds} s")
 
-
 def relative(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
-
-# ---- 1. the method ----------------------------------------------------------------------------
+# ---- 1. the method -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("p", PATCH_EDGES)
 def test_patches_and_targets_equal_naive_loops(p):
@@ -128,7 +125,6 @@ def test_patches_and_targets_equal_naive_loops(p):
                 torch.testing.assert_close(averages[b, patch], x[b, block].mean(0))
                 assert targets[b, patch].tolist() == codes[b, block].tolist()
 
-
 @pytest.mark.parametrize("p", PATCH_EDGES)
 def test_loss_equals_cross_entropy_on_repeated_logits(p):
     torch.manual_seed(0)
@@ -138,14 +134,12 @@ def test_loss_equals_cross_entropy_on_repeated_logits(p):
     torch.testing.assert_close(npp.npp_loss(logits, targets),
                                F.cross_entropy(repeated, targets.flatten()))
 
-
 def test_p1_is_plain_next_token_prediction():
     model, codes, labels = small_model(), torch.randint(11, (3, 16)), torch.tensor([0, 1, 2])
     assert torch.equal(npp.patchify(torch.ones(1, 16, 2) * 0.3, 1), torch.ones(1, 16, 2) * 0.3)
     logits = model(codes, labels)
     torch.testing.assert_close(model.loss(codes, labels),
                                F.cross_entropy(logits.flatten(0, 1), codes.flatten()))
-
 
 def test_stages_end_where_the_paper_says():
     spans = {(2, 1): [(2, 0, 50), (1, 50, 100)], (1,): [(1, 0, 100)],
@@ -156,7 +150,6 @@ def test_stages_end_where_the_paper_says():
             for step in (first, end - 1):
                 assert npp.stage(step, 100, patches, 0.5) == (p, first, end)
     assert npp.stage(79, 100, (2, 1), 0.8)[0] == 2 and npp.stage(80, 100, (2, 1), 0.8)[0] == 1
-
 
 def test_learning_rate_at_every_boundary():
     def lr(step, warmup=5, patches=(2, 1)):
@@ -172,7 +165,6 @@ def test_learning_rate_at_every_boundary():
     assert lr(0, warmup=0) == 1.0
     assert lr(100, patches=(1,)) == 1.0
 
-
 def test_rotary_scores_depend_on_relative_positions_only():
     h, rope = 6, npp.rope_2d(6, 16)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
@@ -185,8 +177,7 @@ def test_rotary_scores_depend_on_relative_positions_only():
     assert (score((0, 1), (2, 3)) - score((0, 1), (3, 2))).abs() > 1e-3
     assert rope.shape == (1 + h * h, 8, 2) and rope[0].abs().max() == 0
 
-
-# ---- 2. the official code ---------------------------------------------------------------------
+# ---- 2. the official code ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("p", PATCH_EDGES)
 def test_logits_loss_gradient_and_rope_equal_the_official_code(golden, p):
@@ -203,13 +194,11 @@ def test_logits_loss_gradient_and_rope_equal_the_official_code(golden, p):
     assert norm.item() == pytest.approx(g[f"gradnorm_p{p}"].item(), rel=1e-5)
     assert relative(npp.rope_2d(model.grid // p, model.head_dim), g[f"rope_p{p}"]) < 1e-5
 
-
 @pytest.mark.parametrize("scale", (1, 2))
 def test_greedy_samples_equal_the_official_code(golden, scale):
     g, model = golden
     codes = npp.generate(model, g["labels"], cfg_scale=scale, top_k=1)
     assert torch.equal(codes, g[f"greedy_cfg{scale}"].long())
-
 
 def test_sizes_have_the_published_numbers_of_parameters():
     millions = {"B": 110.888, "L": 342.9, "XL": 774.7, "XXL": 1411.0, "3B": 3096.7}
@@ -218,7 +207,6 @@ def test_sizes_have_the_published_numbers_of_parameters():
             model = npp.Transformer(**npp.SIZES[name], vocab=16384, classes=1000, grid=16)
         count = sum(w.numel() for w in model.parameters())
         assert count / 1e6 == pytest.approx(expected, abs=0.05)
-
 
 def test_cost_gives_the_table_of_the_paper():
     table_2 = {("B", (1,)): "25.06", ("L", (1,)): "83.54", ("XL", (1,)): "193.35",
@@ -229,8 +217,7 @@ def test_cost_gives_the_table_of_the_paper():
     average, (coarse, fine) = npp.cost("B", (2, 1), lam=0.75)
     assert average == pytest.approx(0.75 * coarse + 0.25 * fine)
 
-
-# ---- 3. the transformer -----------------------------------------------------------------------
+# ---- 3. the transformer ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("p", PATCH_EDGES)
 def test_no_gradient_reaches_the_future(p):
@@ -242,7 +229,6 @@ def test_no_gradient_reaches_the_future(p):
         (gradient,) = torch.autograd.grad(loss, embedded)
         seen = npp.patchify(gradient.abs(), p).sum(-1)[0] > 0
         assert seen[:i].all() and not seen[i:].any()
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("p", (1, 2))
@@ -257,12 +243,10 @@ def test_cached_logits_equal_uncached(p):
              for i in range(positions)]
     torch.testing.assert_close(torch.cat(steps, dim=1), model(codes, labels, p))
 
-
 def test_first_loss_is_the_log_of_the_vocabulary():
     model = npp.Transformer(2, 2, 32, 50, 3, 4)
     loss = model.loss(torch.randint(50, (2, 16)), torch.tensor([0, 1]), 2)
     assert loss.item() == pytest.approx(math.log(50), abs=1e-6)
-
 
 def test_dropout_acts_in_training_only_and_never_on_labels():
     model = npp.Transformer(2, 2, 32, 11, 3, 4, dropout=0.5)
@@ -273,15 +257,13 @@ def test_dropout_acts_in_training_only_and_never_on_labels():
     without = small_model().train()
     assert torch.equal(without(*batch), without(*batch))
 
-
 def test_bfloat16_weights_keep_a_float32_rope():
     model, batch = small_model(), (torch.randint(11, (2, 16)), torch.tensor([0, 1]))
     exact = model(*batch)
     rounded = model.bfloat16()(*batch)
     assert rounded.dtype == torch.float32 and relative(rounded, exact) < 0.05
 
-
-# ---- 4. sampling ------------------------------------------------------------------------------
+# ---- 4. sampling -------------------------------------------------------------------------------
 
 def test_codes_follow_the_inverse_of_the_distribution():
     logits = torch.tensor([0.5, 0.25, 0.25]).log().expand(5, 3)
@@ -290,7 +272,6 @@ def test_codes_follow_the_inverse_of_the_distribution():
     torch.manual_seed(0)
     counts = torch.bincount(npp.choose(logits[:1].expand(20000, 3), torch.rand(20000))) / 20000
     torch.testing.assert_close(counts, torch.tensor([0.5, 0.25, 0.25]), atol=0.02, rtol=0)
-
 
 @pytest.mark.parametrize("u", (0.0, 0.5, 1 - 2**-24))
 def test_filters_keep_only_the_likeliest_codes(u):
@@ -302,12 +283,10 @@ def test_filters_keep_only_the_likeliest_codes(u):
     assert npp.choose(logits, u, top_p=0.6).item() in (1, 3)
     assert npp.choose(logits, u, temperature=0).item() == 1
 
-
 def test_top_k_1_is_argmax_at_every_position():
     model, labels = small_model(), torch.tensor([0, 1, 2])
     codes = npp.generate(model, labels, top_k=1)
     assert torch.equal(model(codes, labels).argmax(-1), codes)
-
 
 def test_guidance_1_is_conditional_and_0_unconditional():
     model, labels, noise = small_model(), torch.tensor([0, 1, 2]), torch.rand(3, 16)
@@ -317,7 +296,6 @@ def test_guidance_1_is_conditional_and_0_unconditional():
     null = npp.generate(model, torch.full_like(labels, model.classes), noise=noise)
     assert torch.equal(plain, near) and torch.equal(none, null) and not torch.equal(plain, null)
 
-
 def test_an_image_does_not_depend_on_its_batch():
     model, labels = small_model(), torch.tensor([0, 1, 2, 0])
     noise = npp.noise_of(7, range(4), 16)
@@ -326,12 +304,10 @@ def test_an_image_does_not_depend_on_its_batch():
         alone = npp.generate(model, labels[i : i + 1], cfg_scale=2, noise=npp.noise_of(7, [i], 16))
         assert torch.equal(alone[0], together[i])
 
-
 def test_compiled_sampling_gives_the_same_codes():
     model, labels, noise = small_model(), torch.tensor([0, 1]), torch.rand(2, 16)
     assert torch.equal(npp.generate(model, labels, 2.0, noise=noise, compile=True),
                        npp.generate(model, labels, 2.0, noise=noise))
-
 
 def test_patchwise_sampling_draws_every_code_of_a_patch_from_one_distribution():
     model, labels = small_model(), torch.tensor([0, 1])
@@ -340,8 +316,7 @@ def test_patchwise_sampling_draws_every_code_of_a_patch_from_one_distribution():
     codes = npp.patch_targets(npp.generate(model, labels, noise=noise, p=2), 2)
     assert (codes == codes[..., :1]).all() and len(codes.unique()) > 1
 
-
-# ---- 5. data ----------------------------------------------------------------------------------
+# ---- 5. data -----------------------------------------------------------------------------------
 
 def test_an_epoch_visits_every_image_once(data):
     codes, cfg = npp.Codes(data), npp.Config(batch=36, class_dropout=0)  # 96 images
@@ -352,7 +327,6 @@ def test_an_epoch_visits_every_image_once(data):
         assert labels.tolist() == codes.labels[where[step * 36 : step * 36 + 36]].tolist()
     assert sorted(order[0]) == list(range(96)) and not np.array_equal(order[0], order[1])
 
-
 def test_batches_do_not_depend_on_ranks(data):
     codes, cfg = npp.Codes(data), npp.Config(batch=12)
     whole = codes.batch(5, cfg)
@@ -360,7 +334,6 @@ def test_batches_do_not_depend_on_ranks(data):
     for i in range(2):
         assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
     assert not torch.equal(whole[0], npp.Codes(data).batch(5, npp.Config(batch=12, seed=1))[0])
-
 
 def test_views_and_null_labels_are_drawn_at_random(data):
     codes, cfg = npp.Codes(data), npp.Config(batch=4000)
@@ -370,8 +343,7 @@ def test_views_and_null_labels_are_drawn_at_random(data):
     first = (batch.numpy() == codes.codes[index, 0]).all(1)
     assert 0.4 < first.mean() < 0.75  # a third of the images have two equal views
 
-
-# ---- 6. training ------------------------------------------------------------------------------
+# ---- 6. training -------------------------------------------------------------------------------
 
 def test_a_run_leaves_logs_checkpoints_and_no_rubbish(data, tmp_path):
     out = str(tmp_path / "run")
@@ -384,7 +356,6 @@ def test_a_run_leaves_logs_checkpoints_and_no_rubbish(data, tmp_path):
     assert lines[0]["loss"] == pytest.approx(math.log(16), abs=0.2) and lines[-1]["loss"] < 2
     assert same(weights(out), weights(out, "ckpt_p1.pt"))
 
-
 def test_one_image_can_be_learned_by_heart(tmp_path):
     data, out = write_data(tmp_path / "one", images=1, views=1), str(tmp_path / "run")
     assert train(data, out, steps=200, batch=8, lr=0.15, class_dropout=0.0, save_every=200) == 0
@@ -393,7 +364,6 @@ def test_one_image_can_be_learned_by_heart(tmp_path):
     model = npp.load_model(os.path.join(out, "ckpt.pt"))
     drawn = npp.generate(model, torch.from_numpy(codes.labels[:1].copy()))
     assert drawn[0].tolist() == codes.codes[0, 0].tolist()
-
 
 def test_killed_and_resumed_is_bit_identical(data, tmp_path):
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
@@ -410,7 +380,6 @@ def test_killed_and_resumed_is_bit_identical(data, tmp_path):
         assert same(weights(whole, name), weights(broken, name))
     assert log(whole) == log(broken)
 
-
 def test_a_torn_log_line_is_dropped_on_resume(data, tmp_path):
     out = str(tmp_path / "run")
     assert train(data, out, steps=12) == 0
@@ -421,7 +390,6 @@ def test_a_torn_log_line_is_dropped_on_resume(data, tmp_path):
     npp.cut_log(os.path.join(out, "log.jsonl"), state["step"])
     assert log(out) == expected
 
-
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 def test_signals_save_before_the_end(data, tmp_path, number):
     out = str(tmp_path / "run")
@@ -431,7 +399,6 @@ def test_signals_save_before_the_end(data, tmp_path, number):
     assert process.wait(60) == 130, process.stderr.read()
     state = torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)
     assert state["step"] >= 8 and "goes on from there" in process.stdout.read()
-
 
 def test_two_ranks_and_accumulation_train_as_one(data, tmp_path):
     outs = {name: str(tmp_path / name) for name in ("one", "two", "micro")}
@@ -445,7 +412,6 @@ def test_two_ranks_and_accumulation_train_as_one(data, tmp_path):
         first = [weights(outs[x], "ckpt_p2.pt")["tok_embeddings.weight"] for x in ("one", name)]
         assert relative(*first) < 1e-2  # Adam divides tiny gradients by themselves
 
-
 def test_a_finished_run_says_so_and_another_recipe_is_refused(data, tmp_path, capsys):
     out = str(tmp_path / "run")
     assert train(data, out, steps=4) == 0
@@ -457,7 +423,6 @@ def test_a_finished_run_says_so_and_another_recipe_is_refused(data, tmp_path, ca
     assert "lam is 0.5 there, 0.25 here" in message and "seed is 0 there, 3 here" in message
     assert same(before, weights(out))
 
-
 def test_fine_tuning_starts_from_given_weights(data, tmp_path):
     out = str(tmp_path / "run")
     assert train(data, out) == 0
@@ -468,13 +433,11 @@ def test_fine_tuning_starts_from_given_weights(data, tmp_path):
     assert torch.equal(a["layers.0.attention.wo.weight"], b["layers.0.attention.wo.weight"])
     assert b["cls_embedding.embedding_table.weight"].shape[0] == 6
 
-
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(data, tmp_path, capsys):
     out = str(tmp_path / "run")
     assert train(data, out, lr=1e30, clip=1e30, save_every=100, log_every=4) == 2
     assert "the loss is nan at step" in capsys.readouterr().err
     assert all(w.isfinite().all() for w in weights(out).values())
-
 
 def test_a_full_disk_leaves_the_old_checkpoint(data, tmp_path):
     out = str(tmp_path / "run")
@@ -488,8 +451,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(data, tmp_path):
     assert done.stderr.count("\n") == 1 and "nothing is changed" in done.stderr
     assert same(before, weights(out)) and not os.path.exists(out + "/ckpt.pt.part")
 
-
-# ---- 7. bad input: one line, exit code 2 ------------------------------------------------------
+# ---- 7. bad input: one line, exit code 2 -------------------------------------------------------
 
 def refuses(capsys, arguments, *words, main=npp.main):
     assert main(arguments) == 2
@@ -497,7 +459,6 @@ def refuses(capsys, arguments, *words, main=npp.main):
     assert message.count("\n") == 1, message
     for word in words:
         assert word in message, message
-
 
 @pytest.mark.parametrize("values, word", [
     ({"model": "M"}, "model is M"), ({"patches": "1,2"}, "patches is (1, 2)"),
@@ -512,7 +473,6 @@ def test_a_bad_flag_is_named(data, tmp_path, capsys, values, word):
     out = tmp_path / "run"
     refuses(capsys, flags(**{"data": data, "out": out, **SHORT, **values}), word)
     assert not out.exists()
-
 
 @pytest.mark.parametrize("name, damage, words", [
     ("codes.npy", None, ("missing",)),
@@ -539,11 +499,9 @@ def test_bad_data_is_named(data, tmp_path, capsys, name, damage, words):
         np.save(path, damage)
     refuses(capsys, flags(data=data, out=tmp_path / "run", **SHORT), name, *words)
 
-
 class Evil:
     def __reduce__(self):
         return os.system, ("touch hacked",)
-
 
 def test_bad_checkpoints_are_refused_and_run_no_code(data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -562,15 +520,13 @@ def test_bad_checkpoints_are_refused_and_run_no_code(data, tmp_path, capsys, mon
     torch.save({"model": {"tok_embeddings.weight": torch.zeros(3, 4)}}, path)
     refuses(capsys, ["--sample", path], "expected a transformer")
 
-
 def test_codes_of_another_tokenizer_are_refused(tmp_path, capsys):
     model = tokenizer.VQModel(16, 8, 32, (1, 1, 1), 32)
     data = write_data(tmp_path / "data", tokenizer="tokenizer.pt", tokenizer_sha256="0" * 64)
     tokenizer.save_tokenizer(os.path.join(data, "tokenizer.pt"), model)
     refuses(capsys, flags(data=data, out=tmp_path / "run", **SHORT), "sha256", "0000")
 
-
-# ---- 8. the command line ----------------------------------------------------------------------
+# ---- 8. the command line -----------------------------------------------------------------------
 
 def test_every_flag_is_explained_by_help(capsys):
     with pytest.raises(SystemExit) as stop:
@@ -581,7 +537,6 @@ def test_every_flag_is_explained_by_help(capsys):
         assert f"--{name} " in text
     assert "images a step, over all ranks" in text
 
-
 def test_plan_shows_what_a_schedule_costs(capsys):
     arguments = flags(model="B", data="none", patches="2,1")
     assert npp.main([*arguments, "--plan"]) == 0
@@ -589,15 +544,13 @@ def test_plan_shows_what_a_schedule_costs(capsys):
     assert "average 15.70, 0.6265 of the 25.06" in text
     assert f"{round(300 * 1281167 / 256) // 2:,}" in text
 
-
 def test_tiny_brings_its_own_recipe_and_the_others_the_papers():
     assert npp.parse([]).steps == npp.TINY["steps"] and npp.parse([]).dropout == 0
     paper = npp.parse(["--model", "B"])
     assert (paper.epochs, paper.steps, paper.lr, paper.dropout) == (300, 0, 1e-4, 0.1)
     assert npp.parse(["--epochs", "2"]).steps == 0
 
-
-# ---- 9. the tokenizer and the embedded data ---------------------------------------------------
+# ---- 9. the tokenizer and the embedded data ----------------------------------------------------
 
 def test_vq16_has_the_published_names_and_size():
     with torch.device("meta"):
@@ -611,7 +564,6 @@ def test_vq16_has_the_published_names_and_size():
                         ("decoder.mid.1.norm.weight", (512,)),
                         ("quantize.embedding.weight", (16384, 8))):
         assert state[name].shape == shape
-
 
 def test_embedded_images_survive_their_codes():
     model = tokenizer.load_tokenizer(os.path.join(FASHION, "tokenizer.pt"))
@@ -628,7 +580,6 @@ def test_embedded_images_survive_their_codes():
     assert np.array_equal(labels, np.load(os.path.join(FASHION, "labels_val.npy")))
     assert len(np.unique(np.load(os.path.join(FASHION, "codes.npy")))) == 256
 
-
 def write_images(folder, size=16):
     rng = np.random.default_rng(0)
     for name in ("cats", "dogs"):
@@ -637,7 +588,6 @@ def write_images(folder, size=16):
             picture = Image.fromarray(rng.integers(255, size=(size, size + i, 3), dtype=np.uint8))
             picture.save(folder / name / f"{i}.png")
     return str(folder)
-
 
 def test_own_images_become_codes_pictures_and_samples(tmp_path, capsys):
     images, data = write_images(tmp_path / "images"), str(tmp_path / "data")
@@ -669,7 +619,6 @@ def test_own_images_become_codes_pictures_and_samples(tmp_path, capsys):
                           n=6)) == 0
     assert Image.open(picture).size == (3 * 17 * 4 - 4, 2 * 17 * 4 - 4)
 
-
 def test_an_unreadable_image_is_named_and_the_rest_encoded(tmp_path, capsys):
     images, data = write_images(tmp_path / "images"), str(tmp_path / "data")
     with open(tmp_path / "images" / "cats" / "1.png", "wb") as f:
@@ -681,7 +630,6 @@ def test_an_unreadable_image_is_named_and_the_rest_encoded(tmp_path, capsys):
     assert message.count("unreadable image") == 1 and "1.png" in message
     assert np.load(os.path.join(data, "labels.npy")).tolist() == [0, 0, 1, 1, 1]
     assert len(np.load(os.path.join(data, "codes.npy"))) == 5
-
 
 @pytest.mark.parametrize("arguments, word", [
     (["encode", "nowhere", "x", "--tokenizer", "t.pt"], "nowhere"),
@@ -700,3 +648,361 @@ def test_bad_arguments_of_the_tokenizer_are_named(tmp_path, capsys, monkeypatch,
     tokenizer.save_tokenizer("t.pt", tokenizer.VQModel(32, 8, 32, (1, 1, 1), 32))
     refuses(capsys, arguments, word, main=tokenizer.main)
     assert not os.path.exists("x")
+
+# ---- 10. helpers for the metrics ---------------------------------------------------------------
+
+@functools.cache
+def random_inception():
+    """A state dict of Inception V3 with seeded weights that keep the activations near 1"""
+    state, golden = {}, np.load(INCEPTION)
+    for i, (name, shape) in enumerate(zip(golden["names"].tolist(), golden["shapes"])):
+        x = generator(0, i).standard_normal(shape[shape > 0], dtype=np.float32)
+        if name.endswith(("bn.weight", "running_var")):
+            x = 1 + 0.2 * np.tanh(x)
+        elif name.endswith(("conv.weight", "fc.weight")):
+            x = x * np.float32((2 / np.prod(x.shape[1:])) ** 0.5)
+        else:
+            x = 0.1 * x
+        state[name] = torch.from_numpy(x)
+    return state
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    torch.save(random_inception(), path)
+    return str(path)
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with the features.pt of an untrained network and a reference.npz of random images"""
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    net = fid.Classifier("toy-classifier", 3)
+    torch.save({"model": net.state_dict(), "name": "toy-classifier"}, folder / "features.pt")
+    net = fid.load_network(str(folder / "features.pt"))
+    fid.save_reference(str(folder / "reference.npz"), net, random_images(300, seed=1),
+                       arr_0=random_images(120, seed=2), labels=np.zeros(120, int))
+    return folder
+
+def small_report(images, labels, folder):
+    net = fid.load_network(str(folder / "features.pt"))
+    return fid.evaluate(net, images, labels, str(folder / "reference.npz"))
+
+def random_images(n, seed=0, size=16):
+    """Blotches, so that features differ from image to image"""
+    coarse = generator(seed).integers(0, 256, (n, 4, 4, 3), dtype=np.uint8)
+    return coarse.repeat(size // 4, axis=1).repeat(size // 4, axis=2)
+
+def gaussian(n, d, seed, rank=None):
+    """n draws of d correlated features, in a space of the given rank"""
+    rng, rank = generator(seed), rank or d
+    return rng.standard_normal((n, rank)) @ rng.standard_normal((rank, d)) + rng.standard_normal(d)
+
+def statistics(x):
+    return x.mean(0), np.cov(x, rowvar=False)
+
+def frechet_of_features(x, y):
+    """Without covariances: the root's trace is the nuclear norm of the product of the features"""
+    a, b = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
+    shift = np.sum((x.mean(0) - y.mean(0)) ** 2)
+    return shift + np.sum(a**2) + np.sum(b**2) - 2 * np.linalg.norm(a @ b.T, "nuc")
+
+# ---- 11. Inception and the Frechet distance ----------------------------------------------------
+
+def test_inception_has_the_published_shape():
+    state = random_inception()
+    trained = {k: v for k, v in state.items() if "running" not in k}
+    assert sum(v.numel() for v in trained.values()) == 23_850_960
+    assert len(fid.Inception(state).convs) == 94
+
+def test_inception_gives_torch_fidelitys_numbers():
+    golden, net = np.load(INCEPTION), fid.Inception(random_inception())
+    with torch.no_grad():
+        pooled, spatial = net(torch.from_numpy(golden["images"]))
+    for ours, name in (pooled, "features"), (spatial, "spatial"), (net.logits(pooled), "logits"):
+        assert ours.shape == golden[name].shape
+        assert np.abs(ours.numpy() - golden[name]).max() < 1e-5 * np.abs(golden[name]).max()
+
+def test_inception_uses_every_convolution_once():
+    net, used = fid.Inception(random_inception()), []
+    conv = net.conv
+    net.conv = lambda x, name: used.append(name.rstrip("/!")) or conv(x, name)
+    net(torch.from_numpy(random_images(1)))
+    assert sorted(used) == sorted(net.convs)
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 31), (32, 32), (299, 299), (300, 512)])
+def test_resize_is_that_of_tensorflow_1(size):
+    image = generator(0).integers(0, 256, size).astype(np.float64)
+    expected = np.empty((299, 299))
+    for i in range(299):
+        for j in range(299):
+            y, x = i * size[0] / 299, j * size[1] / 299
+            y0, x0 = int(y), int(x)
+            y1, x1 = min(y0 + 1, size[0] - 1), min(x0 + 1, size[1] - 1)
+            top = image[y0, x0] + (image[y0, x1] - image[y0, x0]) * (x - x0)
+            bottom = image[y1, x0] + (image[y1, x1] - image[y1, x0]) * (x - x0)
+            expected[i, j] = top + (bottom - top) * (y - y0)
+    rows, columns = map(fid.interpolation, size)
+    resized = rows @ torch.from_numpy(image).float() @ columns.T
+    assert np.abs(resized.numpy() - expected).max() < 255 * 1e-4
+
+def test_frechet_distance_of_shifted_unit_gaussians_is_the_squared_shift():
+    d, one = 2048, np.eye(2048)
+    assert fid.frechet_distance(np.zeros(d), one, np.ones(d), one) == pytest.approx(2048, rel=1e-12)
+
+def test_frechet_distance_of_commuting_covariances_matches_closed_form():
+    a, b = generator(0).uniform(0, 2, (2, 50))
+    a[:5], b[3:9] = 0, 0
+    turn = np.linalg.qr(generator(1).standard_normal((50, 50)))[0]
+    mu = np.zeros(50)
+    distance = fid.frechet_distance(mu, turn * a @ turn.T, mu, turn * b @ turn.T)
+    assert distance == pytest.approx(np.sum((a**0.5 - b**0.5) ** 2), rel=1e-6)
+
+def test_frechet_distance_agrees_with_scipys_sqrtm():
+    (mu1, cov1), (mu2, cov2) = (statistics(gaussian(n, 200, seed=n)) for n in (900, 500))
+    scipys = np.sum((mu1 - mu2) ** 2) + np.trace(cov1 + cov2 - 2 * sqrtm(cov1 @ cov2).real)
+    assert fid.frechet_distance(mu1, cov1, mu2, cov2) == pytest.approx(scipys, rel=1e-9)
+
+@pytest.mark.parametrize("n, m", [(30, 40), (30, 900), (900, 30)])
+def test_frechet_distance_stays_exact_where_covariances_are_singular(n, m):
+    x, y = gaussian(n, 200, seed=0), gaussian(m, 200, seed=1)
+    ours = fid.frechet_distance(*statistics(x), *statistics(y))
+    assert ours == pytest.approx(frechet_of_features(x, y), rel=1e-12)
+
+def test_frechet_distance_to_itself_is_zero_and_order_does_not_matter():
+    a, b = statistics(gaussian(300, 80, seed=0)), statistics(gaussian(60, 80, seed=1))
+    assert abs(fid.frechet_distance(*b, *b)) < 1e-10 * np.trace(b[1])
+    assert fid.frechet_distance(*a, *b) == pytest.approx(fid.frechet_distance(*b, *a), rel=1e-12)
+
+# ---- 12. the other metrics, against the plainest code ------------------------------------------
+
+def test_streamed_moments_equal_numpys_even_far_from_zero():
+    x = generator(0).standard_normal((1000, 20)) + 1000
+    moments = fid.Moments(20)
+    for part in np.split(x, [1, 64, 500]):
+        moments.update(torch.from_numpy(part))
+    mu, cov = moments.statistics()
+    np.testing.assert_allclose(mu, x.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(cov, np.cov(x, rowvar=False), atol=1e-8)
+
+def test_inception_score_is_the_mean_over_contiguous_splits():
+    logits = torch.from_numpy(generator(0).standard_normal((250, 12)) * 3)
+    scores = []
+    for first in (0, 100, 200):
+        p = torch.softmax(logits[first:first + 100], 1).numpy()
+        scores.append(np.exp(np.mean(np.sum(p * (np.log(p) - np.log(p.mean(0))), 1))))
+    assert fid.inception_score(logits, split=100) == pytest.approx(np.mean(scores), rel=1e-12)
+
+def test_inception_score_survives_certainty():
+    logits = torch.eye(10).repeat(5, 1) * 2000  # every probability is 0 or 1
+    assert fid.inception_score(logits) == pytest.approx(10)
+
+def test_precision_and_recall_match_brute_force():
+    real, fake = gaussian(700, 3, seed=0), 1.3 * gaussian(620, 3, seed=0) - 0.5
+
+    def share(x, y):
+        between = np.sqrt(((y[:, None] - y) ** 2).sum(2))
+        radius = np.sort(between, axis=1)[:, 3]  # at 0 is the point itself
+        return np.mean([(np.sqrt(((a - y) ** 2).sum(1)) <= radius).any() for a in x])
+    ours = fid.precision_recall(torch.from_numpy(real), torch.from_numpy(fake))
+    assert ours == (share(fake, real), share(real, fake))
+    assert 0.1 < ours[0] < 0.9 and 0.1 < ours[1] < 0.9  # both could have gone wrong
+
+def test_kid_matches_brute_force_over_all_pairs():
+    x, y = gaussian(30, 5, seed=0), gaussian(41, 5, seed=1)
+
+    def kernel(a, b):
+        return (a @ b / 5 + 1) ** 3
+    xx = np.mean([kernel(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j])
+    yy = np.mean([kernel(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j])
+    xy = np.mean([kernel(a, b) for a in x for b in y])
+    ours = fid.kid(torch.from_numpy(x), torch.from_numpy(y))
+    assert ours == pytest.approx(xx + yy - 2 * xy, rel=1e-10)
+
+def test_kid_is_unbiased():
+    pairs = torch.from_numpy(generator(0).standard_normal((400, 2, 20, 4)))
+    draws = [fid.kid(x, y) for x, y in pairs]
+    assert abs(np.mean(draws)) < 3 * np.std(draws) / 20 and min(draws) < 0
+
+# ---- 13. samples and references ----------------------------------------------------------------
+
+@pytest.mark.parametrize("compression", [0, 8, 12])  # stored, deflate, bz2
+def test_npz_is_read_in_slices_in_any_order(tmp_path, compression):
+    images = random_images(50)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as z, z.open("arr_0.npy", "w") as f:
+        np.lib.format.write_array(f, images)
+    read = fid.Images(str(tmp_path / "a.npz"))
+    assert len(read) == 50
+    for part in slice(40, 50), slice(0, 7), slice(7, 20), slice(None):
+        np.testing.assert_array_equal(read[part], images[part])
+
+def test_an_npz_of_many_images_is_not_loaded(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", arr_0=np.zeros((10_000, 64, 64, 3), np.uint8))  # 123 MB
+    code = ("import resource, sys, fid; images = fid.Images(sys.argv[1]);"
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+            "[images[i:i + 64] for i in range(0, 10_000, 64)];"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
+    grown = subprocess.check_output([sys.executable, "-c", code, tmp_path / "a.npz"], cwd=HERE)
+    assert int(grown) < 30_000  # kB
+
+def test_a_folder_gives_what_the_npz_of_its_images_gives(small, tmp_path):
+    images = random_images(70)
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    for i, image in enumerate(images):
+        path = tmp_path / "folder" / str(i // 50) / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    net, reference = fid.load_network(str(small / "features.pt")), str(small / "reference.npz")
+    a, b = (fid.evaluate(net, fid.Images(str(tmp_path / name)), None, reference)
+            for name in ("a.npz", "folder"))
+    assert a == b
+
+def test_a_saved_reference_gives_what_its_images_give(small, tmp_path, capsys):
+    np.savez(tmp_path / "real.npz", arr_0=random_images(90, seed=3))
+    np.savez(tmp_path / "fake.npz", arr_0=random_images(80, seed=4))
+    real, fake, saved = (str(tmp_path / f"{name}.npz") for name in ("real", "fake", "saved"))
+    weights = ["--weights", str(small / "features.pt"), "--json"]
+    assert fid.main([real, saved, "--save", *weights]) == 0
+    reports = []
+    for reference in real, saved:
+        assert fid.main([fake, reference, *weights]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert "KID" in reports[0] and "KID" not in reports[1]  # needs images
+    from_images, from_statistics = (report["FD(toy-classifier)"] for report in reports)
+    assert from_statistics == pytest.approx(from_images, rel=1e-9)
+
+def test_inception_reports_the_whole_protocol(inception_file, tmp_path, capsys):
+    np.savez(tmp_path / "fake.npz", arr_0=random_images(6, seed=0))
+    np.savez(tmp_path / "real.npz", arr_0=random_images(5, seed=1))
+    files = [str(tmp_path / "fake.npz"), str(tmp_path / "real.npz")]
+    assert fid.main([*files, "--weights", inception_file, "--json"]) == 0
+    out, err = capsys.readouterr()
+    report, net = json.loads(out), fid.load_network(inception_file)
+    x, y = (net(torch.from_numpy(np.load(f)["arr_0"])) for f in files)
+    for name, a, b in zip(("FID", "sFID"), x, y):
+        expected = frechet_of_features(a.double().numpy(), b.double().numpy())
+        assert report[name] == pytest.approx(expected, rel=1e-5)
+    assert report["IS"] == pytest.approx(fid.inception_score(net.logits(x[0])), rel=1e-5)
+    assert (report["n"], report["n_reference"], report["d"]) == (6, 5, 2048)
+    assert "warning" in err and fid.WEIGHTS_SHA256 in err  # these are not the published weights
+
+def test_two_ranks_give_what_one_gives(small, tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", arr_0=random_images(101), labels=np.arange(101) % 3)
+    command = [str(tmp_path / "a.npz"), str(small / "reference.npz"), "--json"]
+    assert fid.main(command) == 0
+    alone = json.loads(capsys.readouterr().out)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [subprocess.Popen(
+        [sys.executable, "fid.py", *command], cwd=HERE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in (0, 1)]
+    together, silent = (rank.communicate(timeout=120)[0] for rank in ranks)
+    together = json.loads(together)
+    assert silent == "" and alone.keys() == together.keys()
+    for name, value in alone.items():
+        same = value if isinstance(value, str) else pytest.approx(value, rel=1e-4)
+        assert together[name] == same
+
+def test_real_images_give_the_floor_that_is_printed(small):
+    kept = np.load(small / "reference.npz")["arr_0"]
+    halves = kept[generator(0).permutation(120)].reshape(2, 60, *kept.shape[1:])
+    a, b = (small_report(half, np.zeros(60), small) for half in halves)
+    assert a["real_against_real"] == b["real_against_real"] == pytest.approx(
+        (a["FD(toy-classifier)"] + b["FD(toy-classifier)"]) / 2, rel=1e-5)
+    assert "FID" not in a and a["n"] == 60
+
+def test_training_learns_and_leaves_a_reference(tmp_path, capsys):
+    labels = np.arange(600) % 3
+    for name, seed in ("train", 0), ("test", 1):
+        images = random_images(600, seed) // 4
+        images[np.arange(600), :, :, labels] += 60  # the class is the brightest channel
+        np.savez(tmp_path / f"{name}.npz", arr_0=images, labels=labels)
+    data = tmp_path / "toy"
+    data.mkdir()
+    saved = features.train_classifier(images, labels, "toy-classifier", steps=60, batch=32)
+    again = features.train_classifier(images, labels, "toy-classifier", steps=60, batch=32)
+    assert all(torch.equal(a, b) for a, b in zip(saved["model"].values(), again["model"].values()))
+    torch.save(saved, data / "features.pt")
+    net = fid.load_network(str(data / "features.pt"))
+    fid.save_reference(str(data / "reference.npz"), net, images, arr_0=images, labels=labels)
+    report = small_report(images, labels, data)
+    assert report["class_accuracy"] > 0.9
+
+# ---- 14. bad input to fid.py -------------------------------------------------------------------
+
+def bad(argv, capsys):
+    assert fid.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.strip().splitlines()) == 1
+    return err
+
+def test_missing_weights_say_where_to_get_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", arr_0=random_images(5))
+    err = bad(["a.npz", "a.npz"], capsys)
+    assert fid.WEIGHTS in err and fid.WEIGHTS_SHA256 in err and "https://" in err
+
+@pytest.mark.parametrize("change, why", [
+    (lambda s: s.pop("Mixed_5c.branch_pool.conv.weight"), "Mixed_5c.branch_pool"),
+    (lambda s: s.update({"fc.weight": torch.zeros(1000, 2048)}), "1008"),
+    (lambda s: s.update({"extra.conv.weight": torch.zeros(1, 1, 1, 1)}), "extra")])
+def test_weights_of_another_network_are_refused(tmp_path, capsys, change, why):
+    state = dict(random_inception())
+    change(state)
+    torch.save(state, tmp_path / "other.pth")
+    np.savez(tmp_path / "a.npz", arr_0=random_images(5))
+    a = str(tmp_path / "a.npz")
+    err = bad([a, a, "--weights", str(tmp_path / "other.pth")], capsys)
+    assert "other.pth" in err and why in err
+
+def test_statistics_of_another_network_are_refused(small, tmp_path, capsys):
+    npz = dict(np.load(small / "reference.npz"))
+    np.savez(tmp_path / "a.npz", **{**npz, "sha256": "0" * 64})
+    np.savez(tmp_path / "b.npz", **{**npz, "mu": np.zeros(5), "sigma": np.eye(5)})
+    np.savez(tmp_path / "c.npz", **{**npz, "sigma": npz["sigma"] * np.nan})
+    samples, weights = str(small / "reference.npz"), ["--weights", str(small / "features.pt")]
+    assert "0" * 64 in bad([samples, str(tmp_path / "a.npz"), *weights], capsys)
+    assert "(5, 5)" in bad([samples, str(tmp_path / "b.npz"), *weights], capsys)
+    assert "c.npz" in bad([samples, str(tmp_path / "c.npz"), *weights], capsys)
+
+@pytest.mark.parametrize("kind, why", [
+    ("missing", "No such file"), ("text", "pickled"), ("truncated", "zip"), ("cut", "bad.npz"),
+    ("float", "float64"), ("gray", "(9, 16, 16)"), ("few", "3 images"), ("no arr_0", "arr_0"),
+    ("empty folder", "bad.npz"), ("broken image", "b.png"), ("two sizes", "same shape")])
+def test_unusable_samples_are_named_in_one_line(small, tmp_path, capsys, kind, why):
+    path, images = tmp_path / "bad.npz", random_images(9)
+    arrays = {"float": images / 1.0, "gray": images[..., 0], "few": images[:3]}
+    if kind in ("empty folder", "broken image", "two sizes"):
+        path.mkdir()
+    if kind in ("broken image", "two sizes"):
+        for name, image in zip("abcd", images):
+            Image.fromarray(image).save(path / f"{name}.png")
+    if kind == "broken image":
+        (path / "b.png").write_bytes((path / "b.png").read_bytes()[:60])
+    elif kind == "two sizes":
+        Image.fromarray(images[0, :8]).save(path / "b.png")
+    elif kind == "text":
+        path.write_text("not an archive")
+    elif kind == "no arr_0":
+        np.savez(path, images=images)
+    elif path.suffix and not path.exists() and kind != "missing":
+        np.savez(path, arr_0=arrays.get(kind, images))
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:2000])
+    if kind == "cut":  # the directory of the archive is there, the end of the array is not
+        whole = path.read_bytes()
+        path.write_bytes(whole.replace(whole[1000:3000], b""))
+    assert why in bad([str(path), str(small / "reference.npz")], capsys)
+
+@pytest.mark.parametrize("argv", [[], ["a"], ["a", "b", "--jsn"], ["a", "b", "--js"]])
+def test_a_wrong_command_line_is_one_line(argv, capsys):
+    assert "fid.py" in bad(argv, capsys)
+
+def test_train_features_wants_labels(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", arr_0=random_images(5))
+    assert features.main([str(tmp_path / "a.npz")] * 2 + [str(tmp_path)]) == 2
+    assert "labels" in capsys.readouterr().err and not (tmp_path / "features.pt").exists()
+    assert features.main(["missing.npz", "missing.npz", str(tmp_path)]) == 2
+    assert "missing.npz" in capsys.readouterr().err
