@@ -130,9 +130,8 @@ def load_network(path, device="cpu"):
     saved, digest = load_file(path), sha256(path)
     try:
         if "model" in saved:
-            net = Classifier(saved["name"], len(saved["model"]["logits.bias"]))
+            net = Classifier(saved["name"], len(saved["model"]["logits.bias"])).to(device).eval()
             net.load_state_dict(saved["model"])
-            net.to(device).eval()
         else:
             net = Inception(saved, device)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -301,6 +300,13 @@ def evaluate(net, images, labels, reference):
         report["class_accuracy"] = float(np.mean(net.logits(x).argmax(1).cpu().numpy() == labels))
     return report
 
+def small_report(images, labels, folder):
+    """uint8 images (n, H, W, 3) and labels (n,) against a data folder -> one line of text"""
+    net = load_network(os.path.join(folder, "features.pt"))
+    report = evaluate(net, images, labels, os.path.join(folder, "reference.npz"))
+    return (f"{net.names[0]} {report[net.names[0]]:.2f}, as many real images get "
+            f"{report['real_against_real']:.2f}; class accuracy {report['class_accuracy']:.1%}")
+
 def save_reference(path, net, images, **arrays):
     """Write the statistics of images, with more arrays, as an .npz to compare with later"""
     arrays["sha256"] = np.array(net.sha256)
@@ -335,8 +341,7 @@ def main(argv=None):
         save_reference(args.reference, net, images)
         return 0
     report = evaluate(net, images, images.labels, args.reference)
-    rows = [f"{name:24} {value:.6g}" if isinstance(value, float) else f"{name:24} {value}"
-            for name, value in report.items()]
+    rows = [f"{k:24} {v if isinstance(v, str) else format(v, '.6g')}" for k, v in report.items()]
     if LEADER:
         print(json.dumps(report) if args.json else "\n".join(rows))
     return 0

@@ -32,9 +32,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 
-from tokenizer import (BadInput, Machine, Parser, brief, generator, load_file, load_tokenizer,
-                       one_line_errors, open_array, save_grid, save_npz, stop_signals, to_uint8,
-                       write_atomically)
+import fid
+from tokenizer import (BadInput, Machine, Parser, brief, cut_log, generator, load_file,
+                       load_tokenizer, one_line_errors, open_array, save_grid, save_npz,
+                       stop_signals, to_uint8, write_atomically)
 
 SIZES = {
     "tiny": dict(n_layer=4, n_head=4, dim=128),
@@ -52,28 +53,28 @@ class Config:
     out: str = ""                # folder of the run (out/MODEL); with --sample a .png or .npz
     init: str = ""               # checkpoint whose weights to start from
     model: str = "tiny"          # size: tiny, B, L, XL, XXL or 3B
-    patches: tuple = (2, 1)      # patch edge p of each stage, decreasing to 1
+    patches: tuple = (2, 1)      # patch edge p of each stage; 4,2,1 adds a level
     lam: float = 0.5             # stage i of L ends at the fraction lam^(L-1-i) of all steps
-    epochs: float = 300          # passes over the images
+    epochs: float = 300.0        # passes over the images
     steps: int = 0               # total steps, instead of epochs
     batch: int = 256             # images a step, over all ranks
     lr: float = 1e-4             # learning rate per 256 images: lr * batch / 256 is used
     lr_min: float = 1e-5         # where each stage's decay ends, absolute
-    warmup_epochs: float = 1     # warm-up of each stage, at most a tenth of it
+    warmup_epochs: float = 1.0   # warm-up of each stage, at most a tenth of it
     decay_frac: float = 0.2      # last part of each stage, in which the rate decays
     weight_decay: float = 0.05   # on tensors of two or more dimensions
     clip: float = 1.0            # largest gradient norm
     dropout: float = 0.1         # on token embeddings, attention and feed-forward outputs
     class_dropout: float = 0.1   # share of labels replaced by the null label, for guidance
     seed: int = 0                # of weights, batches, dropout and samples
-    micro_batch: int = 0         # images a rank takes at once; 0: its share of a batch, 100 samples
+    micro_batch: int = 0         # images a rank takes at once; 0: its share of a batch, 25 samples
     compile: str = "auto"        # true, false, or auto: on a GPU
     dtype: str = "auto"          # float32, bfloat16, or auto: bfloat16 on a GPU
     log_every: int = 100         # steps between lines of log.jsonl
     eval_every: int = 2000       # steps between validation losses
     save_every: int = 2000       # steps between checkpoints
     plan: bool = False           # instead of training, print what it would cost
-    tflops: float = 400          # TFLOP/s that --plan reckons with
+    tflops: float = 400.0        # TFLOP/s that --plan reckons with
     sample: str = ""             # instead of training, draw samples from this checkpoint
     classes: str = ""            # names or numbers, with commas (ten in a .png, all in an .npz)
     n: int = 0                   # number of samples (10 a class)
@@ -81,8 +82,8 @@ class Config:
     temperature: float = 1.0     # divides the logits
     top_k: int = 0               # keep the k likeliest codes; 0: all
     top_p: float = 1.0           # keep the likeliest codes up to this probability
-    tokenizer: str = ""          # file that turns codes into images (the one of the data)
-    image_size: int = 256        # pixels a side, with --data none
+    tokenizer: str = ""          # file that turns codes into images (the data's own)
+    image_size: int = 0          # pixels a side, where neither data nor checkpoint say (256)
 
 NAMES = [f.name for f in fields(Config)]
 RECIPE = NAMES[NAMES.index("model") : NAMES.index("micro_batch")]  # what decides the result
@@ -104,8 +105,8 @@ def npp_loss(logits, targets):
     """Patch cross-entropy (Eq. 3): logits (B, N/K, V), targets (B, N/K, K) -> nats a code
 
     The K codes of a patch share one distribution and its normaliser: no logits are repeated."""
-    chosen = logits.gather(-1, targets)                       # (B, N/K, K)
-    return (logits.logsumexp(-1) - chosen.mean(-1)).mean()
+    picked = logits.gather(-1, targets)                                   # (B, N/K, K)
+    return (logits.logsumexp(-1) - picked.mean(-1)).mean()
 
 def spans(total, patches, lam):
     """-> [(p, first, end)]: stage i of L ends at round(total * lam^(L-1-i)) (Sec. 3.2)"""
@@ -117,10 +118,8 @@ def stage(step, total, patches, lam):
     return next(span for span in spans(total, patches, lam) if step < span[2])
 
 def lr_at(step, total, patches, lam, lr, lr_min, warmup, decay_frac):
-    """The learning rate at `step`: in each stage afresh warm-up, plateau, linear decay (Sec. 4.1)
-
-    lr is the plateau, warmup the steps of the warm-up, of which a stage uses at most a tenth of its
-    length; over the last `decay_frac` of the stage the rate falls towards lr_min."""
+    """The learning rate at `step`, in each stage afresh (Sec. 4.1): warm-up of `warmup` steps,
+    at most a tenth of the stage; plateau at lr; linear decay to lr_min in its last decay_frac."""
     _, first, end = stage(step, total, patches, lam)
     warmup = max(1, min(warmup, (end - first) / 10))
     decay = max(1, decay_frac * (end - first))
@@ -138,9 +137,8 @@ def rope_2d(h, head_dim, device=None):
     vanish: all attend to it with score 0. An accident of LlamaGen's table that its weights need."""
     frequency = 10000 ** -(torch.arange(0, head_dim // 2, 2, device=device) / (head_dim // 2))
     angle = torch.arange(h, device=device)[:, None] * frequency           # (h, head_dim/4)
-    row = repeat(angle, "r f -> (r c) f", c=h)
-    column = repeat(angle, "c f -> (r c) f", r=h)
-    angle = torch.cat([row, column], dim=1)                               # (h*h, head_dim/2)
+    angle = torch.cat([repeat(angle, "row f -> (row h) f", h=h),
+                       repeat(angle, "column f -> (h column) f", h=h)], dim=1)  # (h*h, head_dim/2)
     table = torch.stack([angle.cos(), angle.sin()], dim=-1)
     return torch.cat([torch.zeros_like(table[:1]), table])
 
@@ -240,10 +238,9 @@ class Transformer(nn.Module):
         return self(codes, labels, p, loss=True)
 
 def load_model(path, n_head=None, grid=None):
-    """A Transformer in eval mode from a checkpoint of ours, or a published one of LlamaGen or NPP
-
-    Those tell neither heads nor grid: a head is 64 wide (3B: 100), the grid 16 codes a side, unless
-    given. The model's `facts` are what is known of its data. Raises BadInput for any other file."""
+    """A Transformer in eval mode from a checkpoint of ours, or a published one of LlamaGen or NPP:
+    those tell neither heads nor grid, so a head is 64 wide (3B: 100) and the grid 16 codes a side,
+    unless given. The model's `facts` are what is known of its data. Raises BadInput."""
     saved = load_file(path)
     try:
         state = next((saved[k] for k in ("model", "module", "state_dict") if k in saved), saved)
@@ -309,8 +306,8 @@ def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, 
 
 def noise_of(seed, indices, length):
     """The uniforms of images `indices`, (len(indices), length): image i is the same in any batch"""
-    rows = [generator(seed, 3, int(i)).random(length, dtype=np.float32) for i in indices]
-    return torch.from_numpy(np.stack(rows))
+    return torch.stack([torch.from_numpy(generator(seed, 3, int(i)).random(length, np.float32))
+                        for i in indices])
 
 # ---- 5. Data: a folder of codes, and batches that are a pure function of (seed, step) ----------
 
@@ -331,9 +328,9 @@ class Codes:
             self.facts.update((k, meta[k]) for k in self.facts if k != "images")
             if meta["tokenizer"]:
                 self.facts["tokenizer"] = os.path.join(path, meta["tokenizer"])
+            self.codes, self.labels = self.split("")
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise BadInput(f"{path}: expected a folder with a meta.json ({brief(e)})") from None
-        self.codes, self.labels = self.split("")
         self.facts["images"] = len(self.codes)
         if os.path.exists(os.path.join(path, "codes_val.npy")):
             codes, labels = self.split("_val")
@@ -342,10 +339,11 @@ class Codes:
 
     def split(self, suffix):
         """Codes and labels of one split, every value held against meta.json"""
-        path = os.path.join(self.path, "{}" + suffix + ".npy").format
-        vocab, length, classes = self.facts["vocab"], self.facts["grid"] ** 2, self.facts["classes"]
-        codes = open_array(path("codes"), "uint8 uint16", (-1, -1, length), vocab)
-        return codes, open_array(path("labels"), "uint16 int64", codes.shape[:1], len(classes))
+        facts, path = self.facts, os.path.join(self.path, "{}" + suffix + ".npy").format
+        shape = -1, -1, facts["grid"] ** 2
+        codes = open_array(path("codes"), "uint8 uint16", shape, facts["vocab"])
+        types, classes = "uint8 uint16 int32 int64", len(facts["classes"])
+        return codes, open_array(path("labels"), types, codes.shape[:1], classes)
 
     def batch(self, step, cfg, rows=slice(None)):
         """`rows` of the global batch of a step -> codes (b, N), labels (b,), int64
@@ -377,7 +375,11 @@ def check(cfg, facts, world=1):
         (0 < cfg.lam < 1, "lam", "more than 0 and less than 1"),
         (cfg.steps > 0, "steps", "at least 1"),
         (cfg.plan or cfg.data != "none", "data", "a folder of codes to train on"),
-        (cfg.batch > 0 == cfg.batch % (world * micro), "batch",
+        (min(cfg.log_every, cfg.eval_every, cfg.save_every) > 0, "log_every", "1 or more"),
+        (0 <= cfg.dropout < 1, "dropout", "0 or more and less than 1"),
+        (cfg.seed >= 0, "seed", "0 or more"),
+        (cfg.tflops > 0, "tflops", "more than 0"),
+        (micro > 0 and cfg.batch > 0 and cfg.batch % (world * micro) == 0, "batch",
          f"a multiple of {world} ranks x micro_batch {micro}"),
         (cfg.compile in ("auto", "true", "false"), "compile", "auto, true or false"),
         (cfg.dtype in ("auto", "float32", "bfloat16"), "dtype", "auto, float32 or bfloat16"),
@@ -390,7 +392,7 @@ def build(cfg, facts, device):
     torch.manual_seed(cfg.seed)
     model = Transformer(**SIZES[cfg.model], vocab=facts["vocab"], classes=len(facts["classes"]),
                         grid=facts["grid"], dropout=cfg.dropout)
-    if cfg.init:
+    if cfg.init and not os.path.exists(os.path.join(cfg.out, "ckpt.pt")):
         weights, table = load_model(cfg.init).state_dict(), "cls_embedding.embedding_table.weight"
         if len(weights[table]) != model.classes + 1:
             weights[table] = model.state_dict()[table]                    # other classes: afresh
@@ -399,10 +401,8 @@ def build(cfg, facts, device):
         except RuntimeError as e:
             raise BadInput(f"{cfg.init}: not weights of this size ({brief(e)})") from None
     model.to(device).train()
-    matrices = [w for w in model.parameters() if w.dim() >= 2]
-    gains = [w for w in model.parameters() if w.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=cfg.weight_decay),
-              dict(params=gains, weight_decay=0.0)]
+    groups = [dict(params=[w for w in model.parameters() if (w.dim() >= 2) == matrix],
+                   weight_decay=cfg.weight_decay * matrix) for matrix in (True, False)]
     return model, torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 def resume(cfg, facts, model, optimizer):
@@ -411,30 +411,24 @@ def resume(cfg, facts, model, optimizer):
     if not os.path.exists(path):
         return 0
     saved = load_file(path)
-    pairs = [(k, saved.get("config", {}).get(k), getattr(cfg, k)) for k in RECIPE]
+    if not isinstance(saved, dict) or not isinstance(config := saved.get("config"), dict):
+        raise BadInput(f"{path}: expected a checkpoint of npp.py")
+    pairs = [(k, config.get(k), getattr(cfg, k)) for k in RECIPE]
     pairs += [(k, saved.get(k), facts[k]) for k in facts if k != "tokenizer"]  # whose file may move
-    differ = "; ".join(f"{k} is {there} there, {here} here" for k, there, here in pairs
-                       if there != here)
+    pairs += [("init", bool(config.get("init")), bool(cfg.init))]              # and so may this
+    differ = "; ".join(f"{k} is {a} there, {b} here" for k, a, b in pairs if a != b)
     if differ:
         raise BadInput(f"{cfg.out} holds another run, choose another --out ({differ})")
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"]
 
-def cut_log(path, step):
-    """Drop the lines of a log after `step`, and one that a crash left half-written"""
-    lines = []
-    if os.path.exists(path):
-        with open(path, "rb") as f:
-            lines = [x for x in f if x.endswith(b"}\n") and json.loads(x)["step"] <= step]
-    write_atomically(path, lambda f: f.writelines(lines))
-
 @torch.no_grad()
 def validate(model, val, machine):
     """Mean loss at p = 1 over codes, labels = val"""
     model.eval()
     total = 0.0
-    for batch in zip(*(x.to(machine.device).split(256) for x in val)):
+    for batch in zip(*(x.to(machine.device).split(64) for x in val)):
         with machine.autocast:
             total += model.loss(*batch).item() * len(batch[0])
     model.train()
@@ -458,25 +452,25 @@ def train_step(wrapped, optimizer, batch, p, cfg, machine):
 def train(cfg):
     """Train, or go on training, the run in cfg.out; returns the exit code"""
     machine, data = Machine(cfg.dtype), Codes(cfg.data)
-    facts, epoch = data.facts, data.facts["images"] / max(1, cfg.batch)   # in steps
+    facts, epoch = data.facts, data.facts["images"] / max(1, cfg.batch)   # epoch in steps
     out, steps = cfg.out or f"out/{cfg.model}", cfg.steps or round(cfg.epochs * epoch)
     cfg = replace(cfg, out=out, steps=steps)
     check(cfg, facts, machine.world)
     schedule, path = (steps, cfg.patches, cfg.lam), partial(os.path.join, out)
     leader, show = machine.rank == 0, chosen(cfg, facts["classes"])
     say = print if leader else (lambda _: None)
+    facts["tokenizer"] = cfg.tokenizer or facts["tokenizer"]
     tokenizer = facts["tokenizer"] and load_tokenizer(facts["tokenizer"], machine.device, facts)
     model, optimizer = build(cfg, facts, machine.device)
     first = resume(cfg, facts, model, optimizer)
     if first == cfg.steps:
-        say(f"{cfg.out} is finished after {first:,} steps, see {path('samples.png')}")
+        say(f"{cfg.out} is finished after {first:,} steps, see {out}")
         return 0
     compiled = cfg.compile == "true" or cfg.compile == "auto" and machine.gpu
     wrapped = torch.compile(model, dynamic=False) if compiled else model  # one graph for each p
     if machine.world > 1:
         wrapped = nn.parallel.DistributedDataParallel(wrapped)
-    share = cfg.batch // machine.world                                    # images of this rank
-    rows = slice(machine.rank * share, (machine.rank + 1) * share)
+    rows = slice(*(cfg.batch // machine.world * r for r in (machine.rank, machine.rank + 1)))
 
     def save(name, step):
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
@@ -484,7 +478,6 @@ def train(cfg):
         write_atomically(path(name), lambda f: torch.save(state, f))
 
     if leader:
-        os.makedirs(cfg.out, exist_ok=True)
         cut_log(path("log.jsonl"), first)
         if first == 0:
             save("ckpt.pt", 0)                                            # the folder is taken
@@ -532,8 +525,13 @@ def train(cfg):
             if stopped:
                 say(f"\nstopped after step {done:,}: the same command goes on from there")
                 return 130
-    say(f"\nsee {path('samples.png')}, a class a row, and {path('samples_p*.png')}, by stage\n"
-        f"try python npp.py --sample {path('ckpt.pt')} --cfg_scale 4 --out strong.png")
+    if leader and tokenizer:
+        if os.path.exists(os.path.join(cfg.data, "features.pt")):
+            labels = torch.arange(1000) % len(facts["classes"])
+            images = np.concatenate(list(draw(model, tokenizer, labels, cfg)))
+            say("\n1,000 samples: " + fid.small_report(images, labels.numpy(), cfg.data))
+        say(f"\nsee {path('samples.png')}, a class a row, and {path('samples_p*.png')}, by stage\n"
+            f"try python npp.py --sample {path('ckpt.pt')} --cfg_scale 4 --out strong.png")
     return 0
 
 def progress(record, cfg, first, began):
@@ -541,11 +539,11 @@ def progress(record, cfg, first, began):
     before, now, total = (sum(max(0, min(step, end) - start) / p**2       # work, in steps of p = 1
                               for p, start, end in spans(cfg.steps, cfg.patches, cfg.lam))
                           for step in (first, record["step"], cfg.steps))
-    left = (time.time() - began) * (total - now) / (now - before)
+    left = int((time.time() - began) * (total - now) / (now - before))    # in seconds
     val = f"  val {record['val_loss']:.3f}" if "val_loss" in record else ""
     line = (f"{now / total:4.0%}  step {record['step']:,}  p {record['p']}  "
             f"loss {record['loss']:.3f}{val}  {record['img_s']:,.0f} img/s  "
-            f"{left // 60:.0f}:{left % 60:02.0f} left")
+            f"{left // 60}:{left % 60:02} left")
     print(f"\r{line:<79}" if sys.stdout.isatty() else f"{line}\n", end="", flush=True)
 
 # ---- 7. Pictures from a checkpoint -------------------------------------------------------------
@@ -563,7 +561,7 @@ def chosen(cfg, names):
 def draw(model, tokenizer, labels, cfg, p=1):
     """labels (n,) -> uint8 images (b, S, S, 3), chunk by chunk; image i depends on (seed, i)"""
     device = model.output.weight.device
-    for i in torch.arange(len(labels)).split(cfg.micro_batch or 100):
+    for i in torch.arange(len(labels)).split(cfg.micro_batch or 25):
         noise = noise_of(cfg.seed, i, model.grid**2).to(device)
         codes = generate(model, labels[i].to(device), cfg.cfg_scale, cfg.temperature, cfg.top_k,
                          cfg.top_p, noise, p=p)
@@ -579,9 +577,9 @@ def draw_grid(path, model, tokenizer, classes, per_class, cfg, p=1):
 def sample(cfg):
     """Draw samples from the checkpoint cfg.sample into cfg.out, a .png or an .npz"""
     machine, out = Machine(cfg.dtype), cfg.out or "samples.png"
-    if not out.endswith((".png", ".npz")):
-        raise BadInput(f"out is {out}, expected a name that ends in .png or .npz")
-    model = load_model(cfg.sample, grid=cfg.image_size // 16 if cfg.data == "none" else None)
+    if not out.endswith((".png", ".npz")) or cfg.n < 0 or machine.world > 1:
+        raise BadInput(f"{out}, n {cfg.n}, ranks {machine.world}: expected .png or .npz, >= 0, 1")
+    model = load_model(cfg.sample, grid=cfg.image_size // 16 or None)
     path, names = cfg.tokenizer or model.facts["tokenizer"], model.facts["classes"]
     if not path:
         raise BadInput(f"{cfg.sample}: does not name its tokenizer, expected --tokenizer")
@@ -615,8 +613,9 @@ def cost(size, patches=(2, 1), lam=0.5, vocab=16384, grid=16):
 
 def plan(cfg):
     """Print what each stage costs, and the whole against plain next-token prediction"""
-    data = Codes(cfg.data, cfg.image_size)
-    cfg = replace(cfg, steps=cfg.steps or round(cfg.epochs * data.facts["images"] / cfg.batch))
+    data = Codes(cfg.data, cfg.image_size or 256)
+    epoch = data.facts["images"] / max(1, cfg.batch)                      # in steps
+    cfg = replace(cfg, steps=cfg.steps or round(cfg.epochs * epoch))
     check(cfg, data.facts)
     shape = dict(vocab=data.facts["vocab"], grid=data.facts["grid"])
     average, stages = cost(cfg.model, cfg.patches, cfg.lam, **shape)

@@ -35,6 +35,10 @@ INCEPTION = os.path.join(HERE, "data", "golden", "inception_random.npz")
 
 # ---- helpers ----------------------------------------------------------------------------------
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
 @pytest.fixture(scope="module")
 def golden():
     """The official code's numbers for a random model of 2 layers: see data/golden/README.md"""
@@ -366,15 +370,15 @@ def test_one_image_can_be_learned_by_heart(tmp_path):
     assert drawn[0].tolist() == codes.codes[0, 0].tolist()
 
 def test_killed_and_resumed_is_bit_identical(data, tmp_path):
-    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
-    process = start(data, whole, dropout=0.1)
+    whole, broken, long = str(tmp_path / "whole"), str(tmp_path / "broken"), {"steps": 160}
+    process = start(data, whole, dropout=0.1, **long)
     assert process.wait(120) == 0, process.stderr.read()
-    for step in (8, 16):  # once in each stage, off the checkpoints at 6, 12, 18
-        process = start(data, broken, dropout=0.1)
+    for step in (8, 92):  # once in each stage, off the checkpoints at multiples of 6
+        process = start(data, broken, dropout=0.1, **long)
         wait_for_step(broken, step)
         process.send_signal(signal.SIGKILL)
-        process.wait()
-    process = start(data, broken, dropout=0.1)
+        assert process.wait() == -signal.SIGKILL
+    process = start(data, broken, dropout=0.1, **long)
     assert process.wait(120) == 0, process.stderr.read()
     for name in ("ckpt_p2.pt", "ckpt_p1.pt", "ckpt.pt"):
         assert same(weights(whole, name), weights(broken, name))
@@ -402,8 +406,8 @@ def test_signals_save_before_the_end(data, tmp_path, number):
 
 def test_two_ranks_and_accumulation_train_as_one(data, tmp_path):
     outs = {name: str(tmp_path / name) for name in ("one", "two", "micro")}
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29613"]
-    process = start(data, outs["two"], *launcher)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = start(data, outs["two"], *launcher, micro_batch=2)
     assert train(data, outs["one"]) == 0 == train(data, outs["micro"], micro_batch=2)
     assert process.wait(120) == 0, process.stderr.read()
     for name in ("two", "micro"):
@@ -432,6 +436,7 @@ def test_fine_tuning_starts_from_given_weights(data, tmp_path):
     a, b = weights(out), weights(tuned)
     assert torch.equal(a["layers.0.attention.wo.weight"], b["layers.0.attention.wo.weight"])
     assert b["cls_embedding.embedding_table.weight"].shape[0] == 6
+    assert train(data, out, init="w.pt") == 2  # a run that did not start from weights is another
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(data, tmp_path, capsys):
     out = str(tmp_path / "run")
@@ -466,7 +471,9 @@ def refuses(capsys, arguments, *words, main=npp.main):
     ({"patches": "x"}, "patches"), ({"lam": 1}, "lam is 1.0"), ({"lam": 0}, "lam is 0.0"),
     ({"micro_batch": 3}, "batch is 8"), ({"batch": 0}, "batch is 0"), ({"lr": "fast"}, "lr"),
     ({"steps": -1}, "steps is -1"), ({"dtype": "float8"}, "dtype is float8"),
-    ({"stepz": 3}, "stepz"), ({"data": "none"}, "data is none"),
+    ({"stepz": 3}, "stepz"), ({"data": "none"}, "data is none"), ({"seed": -1}, "seed is -1"),
+    ({"log_every": 0}, "log_every is 0"), ({"micro_batch": -1}, "micro_batch -1"),
+    ({"dropout": 1.5}, "dropout is 1.5"), ({"tokenizer": "no.pt"}, "no.pt"),
     ({"classes": "class 9"}, "class 9"), ({"init": "no.pt"}, "no.pt"),
 ])
 def test_a_bad_flag_is_named(data, tmp_path, capsys, values, word):
@@ -488,6 +495,8 @@ def test_a_bad_flag_is_named(data, tmp_path, capsys, values, word):
     ("meta.json", None, ("meta.json",)),
     ("meta.json", b"{", ("meta.json",)),
     ("meta.json", b'{"vocab": 16}', ("grid",)),
+    ("meta.json", b'{"vocab": 16, "grid": "4", "image_size": 16, "classes": ["a"], '
+                  b'"tokenizer": null, "tokenizer_sha256": null}', ("TypeError",)),
 ])
 def test_bad_data_is_named(data, tmp_path, capsys, name, damage, words):
     path = os.path.join(data, name)
@@ -519,6 +528,13 @@ def test_bad_checkpoints_are_refused_and_run_no_code(data, tmp_path, capsys, mon
     assert not os.path.exists("hacked")
     torch.save({"model": {"tok_embeddings.weight": torch.zeros(3, 4)}}, path)
     refuses(capsys, ["--sample", path], "expected a transformer")
+    refuses(capsys, flags(data=data, out=out, **SHORT), "expected a checkpoint of npp.py")
+
+def test_weights_of_another_shape_are_refused(data, tmp_path, capsys):
+    path = str(tmp_path / "other.pt")
+    torch.save({"model": npp.Transformer(4, 4, 128, 20, 3, 4).state_dict()}, path)  # 20 codes, not 16
+    refuses(capsys, flags(data=data, out=tmp_path / "run", init=path, **SHORT), "size mismatch")
+    assert not os.path.exists(tmp_path / "run")
 
 def test_codes_of_another_tokenizer_are_refused(tmp_path, capsys):
     model = tokenizer.VQModel(16, 8, 32, (1, 1, 1), 32)
@@ -548,7 +564,9 @@ def test_tiny_brings_its_own_recipe_and_the_others_the_papers():
     assert npp.parse([]).steps == npp.TINY["steps"] and npp.parse([]).dropout == 0
     paper = npp.parse(["--model", "B"])
     assert (paper.epochs, paper.steps, paper.lr, paper.dropout) == (300, 0, 1e-4, 0.1)
-    assert npp.parse(["--epochs", "2"]).steps == 0
+    half = npp.parse(["--epochs", "0.5"])
+    assert (half.epochs, half.steps) == (0.5, 0)
+    assert all(type(f.default) is f.type for f in npp.fields(npp.Config))
 
 # ---- 9. the tokenizer and the embedded data ----------------------------------------------------
 

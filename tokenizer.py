@@ -176,7 +176,7 @@ def load_tokenizer(path, device="cpu", facts=None):
         codebook = state["quantize.embedding.weight"].shape
         model = VQModel(*codebook, ch, [c // ch for c in widths], z_channels)
         model.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise BadInput(f"{path}: expected LlamaGen's tokenizer ({brief(error)})") from None
     if facts and facts["vocab"] != codebook[0]:
         raise BadInput(f"{path}: {codebook[0]} codes, expected {facts['vocab']}")
@@ -214,7 +214,8 @@ def one_line_errors(main):
         try:
             return main(argv)
         except (BadInput, OSError) as error:
-            print(f"{os.path.basename(main.__code__.co_filename)}: {error}", file=sys.stderr)
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"{os.path.basename(main.__code__.co_filename)}: {error}", file=sys.stderr)
             return 2
         finally:
             if dist.is_initialized():
@@ -254,7 +255,7 @@ def stop_signals():
             signal.signal(number, handler)
 
 def brief(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"{type(error).__name__}: " + " ".join(str(error).split())[:200]
 
 def load_file(path):
     """torch.load to the CPU of tensors and plain values: a pickle with code in it is refused"""
@@ -268,6 +269,7 @@ def write_atomically(path, write):
     """write(file) beside `path`, then rename: a crash or a full disk leaves the old file intact"""
     part = f"{path}.part"
     try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(part, "wb") as f:
             write(f)
             f.flush()
@@ -284,7 +286,7 @@ def open_array(path, types, shape, limit):
 
     Raises BadInput."""
     try:
-        array = np.load(path, mmap_mode="r")
+        array = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise BadInput(f"{path}: missing or damaged, expected an array ({brief(error)})") from None
     fits = array.ndim == len(shape) and all(b in (-1, a) for a, b in zip(array.shape, shape))
@@ -293,6 +295,14 @@ def open_array(path, types, shape, limit):
     if array.min() < 0 or array.max() >= limit:
         raise BadInput(f"{path}: {array.min()} to {array.max()}, expected 0 to {limit - 1}")
     return array
+
+def cut_log(path, step):
+    """Drop the lines of a log after `step`, and one that a crash left half-written"""
+    lines = []
+    if os.path.exists(path):
+        with open(path, "rb") as f:
+            lines = [x for x in f if x.endswith(b"}\n") and json.loads(x)["step"] <= step]
+    write_atomically(path, lambda f: f.writelines(lines))
 
 def sha256(path):
     with open(path, "rb") as f:
@@ -387,6 +397,8 @@ def read_npz(path):
             names = z["classes"].tolist() if "classes" in z else None
     except Exception as error:  # numpy has another one for each way in which a file is broken
         raise BadInput(f"{path}: expected arr_0 and labels in an .npz ({brief(error)})") from None
+    if not labels.size:
+        raise BadInput(f"{path}: no images")
     classes = names or [str(i) for i in range(labels.max() + 1)]
     if images.dtype != np.uint8 or images.shape[3:] != (3,) or labels.shape != images.shape[:1]:
         raise BadInput(f"{path}: arr_0 is {images.dtype} {images.shape} and labels {labels.shape}, "
@@ -406,6 +418,7 @@ def train(args):
     torch.manual_seed(args.seed)
     device = Machine().device
     model = VQModel(args.codebook_size, 8, args.ch, args.ch_mult, args.z_channels).to(device)
+    fits(args.image_size, model)
     book = model.quantize["embedding"].weight
     book.data.normal_()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99))
@@ -447,23 +460,30 @@ def readable(items):
             raise BadInput(item)
     return np.stack(items)
 
+def open_both(args):
+    data, device = Images(args.images, args.image_size), Machine().device
+    model = load_tokenizer(args.tokenizer, device)
+    fits(args.image_size, model)
+    return data, model, device
+
+def fits(image_size, model):
+    if image_size % model.factor:
+        raise BadInput(f"image_size is {image_size}, expected a multiple of {model.factor}")
+
 def encode(args):
     """Write codes, labels, meta.json and a copy of the tokenizer into the folder args.out
 
     View 0 is the centre crop, view 1 its mirror image. Unreadable images are named and left out;
     then the exit code is 2."""
-    data, device = Images(args.images, args.image_size), Machine().device
-    model = load_tokenizer(args.tokenizer, device)
+    data, model, device = open_both(args)
     vocab, grid = len(model.codebook()), args.image_size // model.factor
-    if args.image_size % model.factor:
-        raise BadInput(f"image_size is {args.image_size}, expected a multiple of {model.factor}")
     path, suffix = os.path.join(args.out, "meta.json"), "" if args.split == "train" else "_val"
     meta = {"vocab": vocab, "grid": grid, "image_size": args.image_size, "classes": data.classes,
             "tokenizer": "tokenizer.pt", "tokenizer_sha256": sha256(args.tokenizer),
             "made_by": "tokenizer.py encode"}
     if suffix:
-        with open(path) as f:
-            if json.load(f) != meta:
+        with open(path, "rb") as f:
+            if f.read() != json.dumps(meta, indent=1).encode():
                 raise BadInput(f"{path}: the training split has other classes, size or tokenizer")
     codes, kept = [], []
     for items in data.batches():
@@ -473,11 +493,13 @@ def encode(args):
         if images:
             x = from_uint8(np.stack(images)).to(device)
             views = [x, x.flip(-1)] if args.views == "center" else [x]
-            codes.append(torch.stack([model.encode(v).flatten(1) for v in views], dim=1).cpu())
+            views = torch.stack([model.encode(v).flatten(1) for v in views], dim=1)
+            codes.append(views.cpu().numpy().astype(np.uint8 if vocab <= 256 else np.uint16))
         kept += [not isinstance(x, str) for x in items]
         print(f"\r{len(kept):,} of {len(data):,} images", end="", flush=True)
-    codes = torch.cat(codes).numpy().astype(np.uint8 if vocab <= 256 else np.uint16)
-    os.makedirs(args.out, exist_ok=True)
+    if not codes:
+        raise BadInput(f"{args.images}: not one readable image")
+    codes = np.concatenate(codes)
     for name, array in (("codes", codes), ("labels", data.labels[kept].astype(np.uint16))):
         name = os.path.join(args.out, f"{name}{suffix}.npy")
         write_atomically(name, lambda f, array=array: np.save(f, array))
@@ -491,8 +513,7 @@ def encode(args):
 
 def reconstruct(args):
     """Write a picture of images and, below each row, what their codes keep; print the PSNR"""
-    data, device = Images(args.images, args.image_size), Machine().device
-    model = load_tokenizer(args.tokenizer, device)
+    data, model, device = open_both(args)
     rows, error, count = [], 0.0, 0
     inside = np.s_[:, args.margin : args.image_size - args.margin,
                    args.margin : args.image_size - args.margin]
@@ -501,8 +522,9 @@ def reconstruct(args):
         again = to_uint8(model.decode(model.encode(from_uint8(images).to(device))))
         error += np.square(images[inside].astype(float) - again[inside]).sum()
         count += images[inside].size
-        rows += [images[:10], again[:10]] if len(rows) < 6 else []
-    save_grid(args.out, np.concatenate(rows), 10, scale=max(1, 64 // args.image_size))
+        if not rows or len(rows) < 6 and len(images) >= 10:
+            rows += [images[:10], again[:10]]
+    save_grid(args.out, np.concatenate(rows), len(rows[0]), scale=max(1, 64 // args.image_size))
     print(f"{args.out}: PSNR {10 * np.log10(255**2 * count / error):.2f} dB, {len(data):,} images")
     return 0
 
