@@ -220,8 +220,9 @@ class Images:
                 np.lib.format.read_magic(self.stream)
                 self.shape, _, dtype = np.lib.format.read_array_header_1_0(self.stream)
                 self.start, self.size = self.stream.tell(), int(np.prod(self.shape[1:]))
-                if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3:
-                    raise ValueError(f"arr_0 is {dtype} {self.shape}, not uint8 (n, H, W, 3)")
+                labels = self.shape[:1] if self.labels is None else self.labels.shape
+                if dtype != np.uint8 or self.shape[3:] != (3,) or labels != self.shape[:1]:
+                    raise ValueError(f"{dtype} {self.shape}, labels {labels}; not uint8 (n,H,W,3)")
             if len(self) < 4:
                 raise ValueError(f"{len(self)} images are too few for 3 nearest neighbours")
 
@@ -289,8 +290,8 @@ def evaluate(net, images, labels, reference):
     if given and real and len(x) <= len(y):
         order = generator(0).permutation(len(y))[:len(y) // len(x) * len(x)]
         draws = rearrange(y[order].double().cpu().numpy(), "(k n) d -> k n d", n=len(x))[:10]
-        floors = [frechet_distance(z.mean(0), np.cov(z, rowvar=False), *given[0]) for z in draws]
-        report["real_against_real"] = float(np.mean(floors))
+        report["real_against_real"] = float(np.mean([
+            frechet_distance(z.mean(0), np.cov(z, rowvar=False), *given[0]) for z in draws]))
     if real:
         report["n_reference"], report["KID"] = len(y), kid(x, y)
         report["precision"], report["recall"] = precision_recall(y, x)
@@ -301,7 +302,7 @@ def evaluate(net, images, labels, reference):
     return report
 
 def small_report(images, labels, folder):
-    """uint8 images (n, H, W, 3) and labels (n,) against a data folder -> one line of text"""
+    """uint8 images (n, H, W, 3), labels (n,), folder of data -> one line of text"""
     net = load_network(os.path.join(folder, "features.pt"))
     report = evaluate(net, images, labels, os.path.join(folder, "reference.npz"))
     return (f"{net.names[0]} {report[net.names[0]]:.2f}, as many real images get "
@@ -318,7 +319,6 @@ def save_reference(path, net, images, **arrays):
             for name, array in arrays.items():
                 with z.open(f"{name}.npy", "w", force_zip64=True) as member:
                     np.lib.format.write_array(member, array)
-
     if LEADER:
         write_atomically(path, write)
 
@@ -331,11 +331,11 @@ def main(argv=None):
     parser.add_flag("save", False, "write statistics to REFERENCE instead")
     parser.add_flag("json", False, "one line of JSON instead of a table")
     args = parser.parse_args(argv)
-    device = Machine().device
+    beside = os.path.join(os.path.dirname(args.reference), "features.pt")
+    default = beside if os.path.exists(beside) else WEIGHTS
+    net = load_network(args.weights or default, Machine().device)
     torch.set_float32_matmul_precision("highest")  # ten bits of mantissa would show in the result
     torch.backends.cudnn.allow_tf32 = False
-    beside = os.path.join(os.path.dirname(args.reference), "features.pt")
-    net = load_network(args.weights or (beside if os.path.exists(beside) else WEIGHTS), device)
     images = Images(args.samples)
     if args.save:
         save_reference(args.reference, net, images)

@@ -532,7 +532,8 @@ def test_bad_checkpoints_are_refused_and_run_no_code(data, tmp_path, capsys, mon
 
 def test_weights_of_another_shape_are_refused(data, tmp_path, capsys):
     path = str(tmp_path / "other.pt")
-    torch.save({"model": npp.Transformer(4, 4, 128, 20, 3, 4).state_dict()}, path)  # 20 codes, not 16
+    model = npp.Transformer(4, 4, 128, vocab=20, classes=3, grid=4)  # 20 codes, where data have 16
+    torch.save({"model": model.state_dict()}, path)
     refuses(capsys, flags(data=data, out=tmp_path / "run", init=path, **SHORT), "size mismatch")
     assert not os.path.exists(tmp_path / "run")
 
@@ -988,7 +989,8 @@ def test_statistics_of_another_network_are_refused(small, tmp_path, capsys):
 @pytest.mark.parametrize("kind, why", [
     ("missing", "No such file"), ("text", "pickled"), ("truncated", "zip"), ("cut", "bad.npz"),
     ("float", "float64"), ("gray", "(9, 16, 16)"), ("few", "3 images"), ("no arr_0", "arr_0"),
-    ("empty folder", "bad.npz"), ("broken image", "b.png"), ("two sizes", "same shape")])
+    ("empty folder", "bad.npz"), ("broken image", "b.png"), ("two sizes", "same shape"),
+    ("labels", "labels (8,)")])
 def test_unusable_samples_are_named_in_one_line(small, tmp_path, capsys, kind, why):
     path, images = tmp_path / "bad.npz", random_images(9)
     arrays = {"float": images / 1.0, "gray": images[..., 0], "few": images[:3]}
@@ -1003,6 +1005,8 @@ def test_unusable_samples_are_named_in_one_line(small, tmp_path, capsys, kind, w
         Image.fromarray(images[0, :8]).save(path / "b.png")
     elif kind == "text":
         path.write_text("not an archive")
+    elif kind == "labels":
+        np.savez(path, arr_0=images, labels=np.zeros(8))
     elif kind == "no arr_0":
         np.savez(path, images=images)
     elif path.suffix and not path.exists() and kind != "missing":
