@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.linalg import sqrtm
 
+import bench
 import fid
 import npp
 import tokenizer
@@ -1017,6 +1018,15 @@ def test_unusable_samples_are_named_in_one_line(small, tmp_path, capsys, kind, w
         whole = path.read_bytes()
         path.write_bytes(whole.replace(whole[1000:3000], b""))
     assert why in bad([str(path), str(small / "reference.npz")], capsys)
+
+def test_bench_times_steps_and_refuses_what_it_does_not_know(capsys):
+    arguments = flags(what="train,sample", rounds=1, batch=2, grid=4)
+    assert bench.main([*arguments, "--json"]) == 0
+    rows = [json.loads(x) for x in capsys.readouterr().out.splitlines()[1:]]
+    assert [r["what"] for r in rows] == ["train p=1", "train p=2", "train p=4",
+                                         "sample cfg_scale=1", "sample cfg_scale=2"]
+    assert all(len(r["seconds"]) == 1 and r["seconds"][0] > 0 for r in rows)
+    refuses(capsys, flags(what="nothing"), "what nothing", main=bench.main)
 
 @pytest.mark.parametrize("argv", [[], ["a"], ["a", "b", "--jsn"], ["a", "b", "--js"]])
 def test_a_wrong_command_line_is_one_line(argv, capsys):
