@@ -39,22 +39,23 @@ def interleaved(calls, rounds, machine):
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
-def model_of(args, machine):
-    torch.manual_seed(0)
-    shape = dict(vocab=args.vocab, classes=1000, grid=args.grid, dropout=0.1)
-    return npp.Transformer(**npp.SIZES[args.size], **shape).to(machine.device)
+def build(args, machine):
+    """-> Config, model and optimizer, as npp.py trains them"""
+    cfg = npp.Config(model=args.size)
+    facts = {"vocab": args.vocab, "grid": args.grid, "classes": range(1000)}
+    return cfg, *npp.build(cfg, facts, machine.device)
 
 def train_calls(args, machine):
-    model, cfg = model_of(args, machine), npp.Config(lr=1e-5)
+    cfg, model, optimizer = build(args, machine)
     wrapped = torch.compile(model, dynamic=False) if machine.gpu else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, fused=True)
     batch = (torch.randint(args.vocab, (args.batch, args.grid**2)),
              torch.randint(1000, (args.batch,)))
     return {f"train p={p}": lambda p=p: npp.train_step(wrapped, optimizer, batch, p, cfg, machine)
             for p in (1, 2, 4) if args.grid % p == 0}, args.batch
 
 def sample_calls(args, machine):
-    model = model_of(args, machine).eval().to(torch.bfloat16 if machine.bfloat16 else None)
+    _, model, _ = build(args, machine)
+    model.to(torch.bfloat16 if machine.bfloat16 else torch.float32)
     labels = torch.arange(args.batch, device=machine.device) % 1000
     return {f"sample cfg_scale={s:g}": lambda s=s: npp.generate(model, labels, cfg_scale=s)
             for s in (1.0, 2.0)}, args.batch
@@ -65,9 +66,14 @@ def frechet_calls(args, machine):
         return x.mean(0) + seed, np.cov(x, rowvar=False)
 
     (mu1, cov1), (mu2, cov2) = gaussian(0), gaussian(1)
-    ours = lambda: fid.frechet_distance(mu1, cov1, mu2, cov2)  # noqa: E731
-    scipys = lambda: (np.sum((mu1 - mu2) ** 2) + np.trace(cov1 + cov2)  # noqa: E731
-                      - 2 * np.trace(sqrtm(cov1 @ cov2)).real)
+
+    def ours():
+        return fid.frechet_distance(mu1, cov1, mu2, cov2)
+
+    def scipys():
+        root = np.trace(sqrtm(cov1 @ cov2)).real
+        return np.sum((mu1 - mu2) ** 2) + np.trace(cov1 + cov2) - 2 * root
+
     a, b = ours(), scipys()
     print(f"frechet distance: {a:.12g}, scipy {b:.12g}, relative difference {abs(a / b - 1):.1e}")
     return {"frechet": ours, "frechet by scipy": scipys}, 0

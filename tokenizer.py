@@ -292,7 +292,7 @@ def open_array(path, types, shape, limit):
     fits = array.ndim == len(shape) and all(b in (-1, a) for a, b in zip(array.shape, shape))
     if array.dtype.name not in types.split() or not fits or not array.size:
         raise BadInput(f"{path}: {array.dtype} {array.shape}, expected {types} {shape}")
-    if array.min() < 0 or array.max() >= limit:
+    if array.max() >= limit or array.dtype.kind == "i" and array.min() < 0:  # a pass over the file
         raise BadInput(f"{path}: {array.min()} to {array.max()}, expected 0 to {limit - 1}")
     return array
 
@@ -313,7 +313,7 @@ def generator(*key):
     return np.random.Generator(np.random.PCG64(key))
 
 def to_uint8(images):
-    """Images in [-1, 1] (B, 3, H, W) -> uint8 array (B, H, W, 3), rounded as LlamaGen does"""
+    """Images in [-1, 1] (B, 3, H, W) -> uint8 array (B, H, W, 3), truncated as LlamaGen does"""
     images = (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
     return rearrange(images, "b c h w -> b h w c").cpu().numpy()
 
