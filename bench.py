@@ -24,7 +24,7 @@ from scipy.linalg import sqrtm
 
 import fid
 import npp
-from tokenizer import BadInput, Machine, Parser, generator, one_line_errors
+from common import BadInput, Machine, Parser, generator, one_line_errors
 
 def interleaved(calls, rounds, machine):
     """{name: function} -> {name: seconds of each round}, after one call of each to warm up"""

@@ -40,8 +40,8 @@ from einops import rearrange
 from PIL import Image
 from scipy.linalg import lapack
 
-from tokenizer import (BadInput, Machine, Parser, brief, generator, load_file, one_line_errors,
-                       sha256, write_atomically)
+from common import (BadInput, Machine, Parser, brief, generator, load_file, one_line_errors, sha256,
+                    write_atomically)
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"

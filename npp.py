@@ -33,9 +33,10 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 
 import fid
-from tokenizer import (BadInput, Machine, Parser, brief, cut_log, generator, load_file,
-                       load_tokenizer, one_line_errors, open_array, save_grid, save_npz,
-                       stop_signals, to_uint8, write_atomically)
+from common import (BadInput, Machine, Parser, brief, cut_log, generator, load_file,
+                    one_line_errors, open_array, save_grid, save_npz, stop_signals, to_uint8,
+                    write_atomically)
+from tokenizer import load_tokenizer
 
 SIZES = {
     "tiny": dict(n_layer=4, n_head=4, dim=128),

@@ -20,11 +20,12 @@ from PIL import Image
 from scipy.linalg import sqrtm
 
 import bench
+import common
 import fid
 import npp
 import tokenizer
 from data.fashion import features
-from tokenizer import generator
+from common import generator
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FASHION = os.path.join(HERE, "data", "fashion")
@@ -592,9 +593,9 @@ def test_embedded_images_survive_their_codes():
         images = z["arr_0"][::20]
         labels = z["labels"]
     codes = np.load(os.path.join(FASHION, "codes_val.npy"))[:, 0]
-    again = model.encode(tokenizer.from_uint8(images)).flatten(1).numpy()
+    again = model.encode(common.from_uint8(images)).flatten(1).numpy()
     assert (again == codes[::20]).mean() > 0.999  # rounding may differ between machines
-    shown = tokenizer.to_uint8(model.decode(torch.from_numpy(codes[::20]).long().view(-1, 8, 8)))
+    shown = common.to_uint8(model.decode(torch.from_numpy(codes[::20]).long().view(-1, 8, 8)))
     inside = np.s_[:, 2:30, 2:30]  # the 28 x 28 original pixels
     error = np.square(images[inside].astype(float) - shown[inside]).mean()
     assert 10 * np.log10(255**2 / error) > 24.5

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 import fid
-from tokenizer import BadInput, generator, one_line_errors, write_atomically
+from common import BadInput, generator, one_line_errors, write_atomically
 
 def train_classifier(images, labels, name, steps=4000, batch=128, lr=4e-3, seed=0):
     """uint8 images (n, H, W, 3), labels (n,) -> what to save"""

@@ -1,0 +1,174 @@
+"""What the programs share: flags, errors of one line, ranks, random keys, files and pictures"""
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import sys
+import zipfile
+from contextlib import contextmanager
+from functools import wraps
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from PIL import Image
+
+class BadInput(Exception):
+    """Something the user gave cannot be used: one line on stderr, exit code 2"""
+
+class Parser(argparse.ArgumentParser):
+    """Flags with a default each, that set their type, and errors of one line"""
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
+
+    def add_flag(self, name, default, text):
+        how = {bool: dict(action="store_true"), tuple: dict(type=integers, metavar="1,2,..")}.get(
+            type(default), dict(type=type(default), metavar=default))
+        self.add_argument(f"--{name}", default=default, help=text, **how)
+
+    def error(self, message):
+        raise BadInput(message)
+
+def integers(text):
+    return tuple(int(x) for x in text.split(","))
+
+def one_line_errors(main):
+    """main(argv) -> exit code, made to print bad input as one line on stderr and return 2"""
+    @wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except (BadInput, OSError) as error:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"{os.path.basename(main.__code__.co_filename)}: {error}", file=sys.stderr)
+            return 2
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    return wrapped
+
+class Machine:
+    """This process: its device, and its rank among the `world` that torchrun started"""
+    def __init__(self, dtype="float32"):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.gpu, self.device = torch.cuda.is_available(), torch.device("cpu")
+        if self.gpu:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.gpu else "gloo")
+        self.bfloat16 = self.gpu if dtype == "auto" else dtype == "bfloat16"
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    def mean(self, values):
+        """float tensor -> its mean over the ranks"""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values / self.world
+
+@contextmanager
+def stop_signals():
+    """Within, SIGINT and SIGTERM do nothing but join the list that this yields"""
+    seen, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: seen.append(number)) for number in numbers]
+    try:
+        yield seen
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+def brief(error):
+    return f"{type(error).__name__}: " + " ".join(str(error).split())[:200]
+
+def load_file(path):
+    """torch.load to the CPU of tensors and plain values: a pickle with code in it is refused"""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in official checkpoints
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # missing, truncated, foreign: torch has no common class for these
+        raise BadInput(f"{path}: cannot be read as a checkpoint ({brief(error)})") from None
+
+def write_atomically(path, write):
+    """write(file) beside `path`, then rename: a crash or a full disk leaves the old file intact"""
+    part = f"{path}.part"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into the latter
+        raise BadInput(f"{path}: cannot be written, nothing is changed ({brief(error)})") from None
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+def open_array(path, types, shape, limit):
+    """Memory-map a .npy file of one of these types, this shape (-1: any), and 0 <= values < limit
+
+    Raises BadInput."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise BadInput(f"{path}: missing or damaged, expected an array ({brief(error)})") from None
+    fits = array.ndim == len(shape) and all(b in (-1, a) for a, b in zip(array.shape, shape))
+    if array.dtype.name not in types.split() or not fits or not array.size:
+        raise BadInput(f"{path}: {array.dtype} {array.shape}, expected {types} {shape}")
+    if array.max() >= limit or array.dtype.kind == "i" and array.min() < 0:  # a pass over the file
+        raise BadInput(f"{path}: {array.min()} to {array.max()}, expected 0 to {limit - 1}")
+    return array
+
+def cut_log(path, step):
+    """Drop the lines of a log after `step`, and one that a crash left half-written"""
+    lines = []
+    if os.path.exists(path):
+        with open(path, "rb") as f:
+            lines = [x for x in f if x.endswith(b"}\n") and json.loads(x)["step"] <= step]
+    write_atomically(path, lambda f: f.writelines(lines))
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+def generator(*key):
+    """Random numbers that are a pure function of a key of integers, such as (seed, step)"""
+    return np.random.Generator(np.random.PCG64(key))
+
+def to_uint8(images):
+    """Images in [-1, 1] (B, 3, H, W) -> uint8 array (B, H, W, 3), truncated as LlamaGen does"""
+    images = (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
+    return rearrange(images, "b c h w -> b h w c").cpu().numpy()
+
+def from_uint8(images):
+    """uint8 array (B, H, W, 3) -> float32 tensor in [-1, 1] (B, 3, H, W)"""
+    return rearrange(torch.from_numpy(images), "b h w c -> b c h w").float() / 127.5 - 1
+
+def save_grid(path, images, columns, scale=1):
+    """One PNG of uint8 images (n, H, W, 3), row by row; every pixel becomes scale x scale"""
+    n, h, w, _ = images.shape
+    sheet = np.full((-(-n // columns) * columns, h + 1, w + 1, 3), 255, np.uint8)  # white between
+    sheet[:n, :h, :w] = images
+    sheet = rearrange(sheet, "(r c) h w rgb -> (r h) (c w) rgb", c=columns)[:-1, :-1]
+    picture = Image.fromarray(sheet.repeat(scale, axis=0).repeat(scale, axis=1))
+    write_atomically(path, lambda f: picture.save(f, format="PNG"))
+
+def save_npz(path, chunks, shape, labels):
+    """Stream uint8 images of a known total shape (n, H, W, 3) into arr_0 of an .npz, with labels"""
+    def write(f):
+        with zipfile.ZipFile(f, "w") as z:
+            with z.open("arr_0.npy", "w", force_zip64=True) as member:
+                header = dict(descr="|u1", fortran_order=False, shape=shape)
+                np.lib.format.write_array_header_1_0(member, header)
+                for images in chunks:
+                    member.write(images.tobytes())
+            with z.open("labels.npy", "w") as member:
+                np.lib.format.write_array(member, labels)
+
+    write_atomically(path, write)
