@@ -2,12 +2,16 @@
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
+import re
 import signal
 import sys
+import time
 import zipfile
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import wraps
 
 import numpy as np
@@ -29,6 +33,14 @@ class Parser(argparse.ArgumentParser):
         how = {bool: dict(action="store_true"), tuple: dict(type=integers, metavar="1,2,..")}.get(
             type(default), dict(type=type(default), metavar=default))
         self.add_argument(f"--{name}", default=default, help=text, **how)
+
+    def given(self, config, argv):
+        """A flag for each field of a dataclass, the comment beside it as help -> those in argv"""
+        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
+        for f in fields(config):
+            self.add_flag(f.name, f.default, comments[f.name])
+        self.set_defaults(**dict.fromkeys(comments))                      # to see which are given
+        return {k: v for k, v in vars(self.parse_args(argv)).items() if v is not None}
 
     def error(self, message):
         raise BadInput(message)
@@ -72,6 +84,15 @@ class Machine:
             dist.all_reduce(values)
         return values / self.world
 
+    def gather(self, array):
+        """An array of one shape on all ranks -> [that of each] on rank 0, [] on the others"""
+        if self.world == 1:
+            return [array]
+        mine = torch.from_numpy(array)
+        parts = [torch.empty_like(mine) for _ in range(self.world)] if self.rank == 0 else None
+        dist.gather(mine, parts)
+        return [part.numpy() for part in parts or []]
+
 @contextmanager
 def stop_signals():
     """Within, SIGINT and SIGTERM do nothing but join the list that this yields"""
@@ -83,6 +104,13 @@ def stop_signals():
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
+def status(line):
+    """Show a line in place on a terminal, and in a file one below the other"""
+    print(f"\r{line:<79}" if sys.stdout.isatty() else f"{line}\n", end="", flush=True)
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
 def brief(error):
     return f"{type(error).__name__}: " + " ".join(str(error).split())[:200]
 
@@ -90,7 +118,8 @@ def load_file(path):
     """torch.load to the CPU of tensors and plain values: a pickle with code in it is refused"""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # in official checkpoints
-            return torch.load(path, map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(path)  # then only what is used is read, once for all ranks
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # missing, truncated, foreign: torch has no common class for these
         raise BadInput(f"{path}: cannot be read as a checkpoint ({brief(error)})") from None
 
@@ -124,6 +153,40 @@ def open_array(path, types, shape, limit):
     if array.max() >= limit or array.dtype.kind == "i" and array.min() < 0:  # a pass over the file
         raise BadInput(f"{path}: {array.min()} to {array.max()}, expected 0 to {limit - 1}")
     return array
+
+class Codes:
+    """A folder that `tokenizer.py encode` wrote; "none" is ImageNet's shape, without codes
+
+    codes (n, views, N) uint8 or uint16, memory-mapped; labels (n,); val: codes (m, N) and labels to
+    validate on, or None; facts: what a checkpoint must know. Raises BadInput."""
+    def __init__(self, path, image_size=256):
+        self.path, self.val, self.facts = path, None, dict(
+            vocab=16384, grid=image_size // 16, image_size=image_size, images=1_281_167,
+            classes=[str(i) for i in range(1000)], tokenizer=None, tokenizer_sha256=None)
+        if path == "none":
+            return
+        try:
+            with open(os.path.join(path, "meta.json")) as f:
+                meta = json.load(f)
+            self.facts.update((k, meta[k]) for k in self.facts if k != "images")
+            if meta["tokenizer"]:
+                self.facts["tokenizer"] = os.path.join(path, meta["tokenizer"])
+            self.codes, self.labels = self.split("")
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise BadInput(f"{path}: expected a folder with a meta.json ({brief(e)})") from None
+        self.facts["images"] = len(self.codes)
+        if os.path.exists(os.path.join(path, "codes_val.npy")):
+            codes, labels = self.split("_val")
+            rows = np.linspace(0, len(codes) - 1, min(2048, len(codes))).astype(int)
+            self.val = [torch.from_numpy(x).long() for x in (codes[rows, 0], labels[rows])]
+
+    def split(self, suffix):
+        """Codes and labels of one split, every value held against meta.json"""
+        facts, path = self.facts, os.path.join(self.path, "{}" + suffix + ".npy").format
+        shape = -1, -1, facts["grid"] ** 2
+        codes = open_array(path("codes"), "uint8 uint16", shape, facts["vocab"])
+        types, classes = "uint8 uint16 int32 int64", len(facts["classes"])
+        return codes, open_array(path("labels"), types, codes.shape[:1], classes)
 
 def cut_log(path, step):
     """Drop the lines of a log after `step`, and one that a crash left half-written"""
@@ -172,3 +235,12 @@ def save_npz(path, chunks, shape, labels):
                 np.lib.format.write_array(member, labels)
 
     write_atomically(path, write)
+
+def watched(chunks, n):
+    """Pass chunks of n images on, and show how many there were and the time left"""
+    began, done = time.time(), 0
+    for images in chunks:
+        yield images
+        done += len(images)
+        speed = done / (time.time() - began)
+        status(f"{done:,} of {n:,}  {speed:,.1f} img/s  {clock((n - done) / speed)} left")

@@ -14,11 +14,9 @@ weights, on single codes. Sampling stays plain next-token prediction. --patches 
 Shapes: B images of N = h * w codes, patches of K = p * p codes, D width, V vocabulary.
 """
 
-import inspect
 import json
 import math
 import os
-import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +29,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
+from torch.utils.checkpoint import checkpoint
 
 import fid
-from common import (BadInput, Machine, Parser, brief, cut_log, generator, load_file,
-                    one_line_errors, open_array, save_grid, save_npz, stop_signals, to_uint8,
+from common import (BadInput, Codes, Machine, Parser, brief, clock, cut_log, generator, load_file,
+                    one_line_errors, save_grid, save_npz, status, stop_signals, to_uint8, watched,
                     write_atomically)
 from tokenizer import load_tokenizer
 
@@ -69,7 +68,8 @@ class Config:
     class_dropout: float = 0.1   # share of labels replaced by the null label, for guidance
     seed: int = 0                # of weights, batches, dropout and samples
     micro_batch: int = 0         # images a rank takes at once; 0: its share of a batch, 25 samples
-    compile: str = "auto"        # true, false, or auto: on a GPU
+    recompute: bool = False      # activation checkpointing: less memory, a third more time
+    compile: str = "auto"        # true, false, or auto: training on a GPU
     dtype: str = "auto"          # float32, bfloat16, or auto: bfloat16 on a GPU
     log_every: int = 100         # steps between lines of log.jsonl
     eval_every: int = 2000       # steps between validation losses
@@ -77,7 +77,7 @@ class Config:
     plan: bool = False           # instead of training, print what it would cost
     tflops: float = 400.0        # TFLOP/s that --plan reckons with
     sample: str = ""             # instead of training, draw samples from this checkpoint
-    classes: str = ""            # names or numbers, with commas (ten in a .png, all in an .npz)
+    classes: str = ""            # names or numbers, with commas; random; or in turn (in a .png ten)
     n: int = 0                   # number of samples (10 a class)
     cfg_scale: float = 2.0       # guidance scale; 1: none
     temperature: float = 1.0     # divides the logits
@@ -85,6 +85,7 @@ class Config:
     top_p: float = 1.0           # keep the likeliest codes up to this probability
     tokenizer: str = ""          # file that turns codes into images (the data's own)
     image_size: int = 0          # pixels a side, where neither data nor checkpoint say (256)
+    image_size_eval: int = 0     # pixels a side of samples, resized as LlamaGen's of 384 are
 
 NAMES = [f.name for f in fields(Config)]
 RECIPE = NAMES[NAMES.index("model") : NAMES.index("micro_batch")]  # what decides the result
@@ -159,15 +160,16 @@ class Attention(nn.Module):
         self.wo = nn.Linear(dim, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, rope, cache=None, position=None):
-        """x (B, S, D) -> same; with a cache (2, B, H, N, head_dim), x is the one at `position`"""
+    def forward(self, x, rope, cache=None, position=None, seen=None):
+        """x (B, S, D) -> same; with a cache (2, B, H, N, head_dim), x is the one at `position` (1,)
+        and attends to those of the first positions that are `seen` (1, filled)"""
         q, k, v = rearrange(self.wqkv(x), "b s (qkv h d) -> qkv b h s d", qkv=3, h=self.n_head)
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            k, v = (old.index_copy_(2, position, new) for old, new in zip(cache, (k, v)))
-            seen = torch.arange(k.shape[2], device=x.device)[None] <= position        # (1, N)
+            k, v = (old.index_copy_(2, position, new)[:, :, : seen.shape[1]]
+                    for old, new in zip(cache, (k, v)))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return self.dropout(self.wo(rearrange(y, "b h s d -> b s (h d)")))
 
@@ -194,8 +196,8 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(dim, eps=1e-5)
         self.feed_forward = FeedForward(dim, dropout)
 
-    def forward(self, x, rope, cache=None, position=None):
-        x = x + self.attention(self.attention_norm(x), rope, cache, position)
+    def forward(self, x, rope, *past):
+        x = x + self.attention(self.attention_norm(x), rope, *past)
         return x + self.feed_forward(self.ffn_norm(x))
 
 class Transformer(nn.Module):
@@ -203,6 +205,7 @@ class Transformer(nn.Module):
     def __init__(self, n_layer, n_head, dim, vocab, classes, grid, dropout=0.0):
         super().__init__()
         self.n_head, self.head_dim, self.classes, self.grid = n_head, dim // n_head, classes, grid
+        self.recompute = False  # activations in the backward pass, instead of keeping them
         self.cls_embedding = nn.ModuleDict({"embedding_table": nn.Embedding(classes + 1, dim)})
         self.tok_embeddings = nn.Embedding(vocab, dim)
         self.tok_dropout = nn.Dropout(dropout)
@@ -214,14 +217,20 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)  # so that the first loss is ln V
 
+    def size(self):
+        return sum(w.numel() for w in self.parameters())
+
     def embed_class(self, labels):
         return self.cls_embedding["embedding_table"](labels)[:, None]     # (B, 1, D)
 
-    def run(self, x, rope, cache=None, position=None):
+    def run(self, x, rope, cache=None, *past):
         """Embeddings (B, S, D) -> float32 logits (B, S, V)"""
         x = self.tok_dropout(x)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, None if cache is None else cache[i], position)
+            if self.recompute and self.training:
+                x = checkpoint(layer, x, rope, use_reentrant=False)
+            else:
+                x = layer(x, rope, None if cache is None else cache[i], *past)
         return self.output(self.norm(x)).float()
 
     def forward(self, codes, labels, p=1, loss=False):
@@ -250,14 +259,15 @@ def load_model(path, n_head=None, grid=None):
         n_layer = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("layers."))
         own = SIZES.get(saved.get("config", {}).get("model"), {})
         n_head = n_head or own.get("n_head") or dim // (100 if dim == 3200 else 64)
-        model = Transformer(n_layer, n_head, dim, vocab, classes, grid or saved.get("grid", 16))
-        model.load_state_dict(state)
+        with torch.device("meta"):  # the weights come from the file, none are drawn
+            model = Transformer(n_layer, n_head, dim, vocab, classes, grid or saved.get("grid", 16))
+        model.load_state_dict(state, assign=True)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as e:
         raise BadInput(f"{path}: expected a transformer of LlamaGen or NPP ({brief(e)})") from None
     names = saved.get("classes", [str(i) for i in range(classes)])
-    model.facts = {"vocab": vocab, "classes": names, "tokenizer": saved.get("tokenizer"),
-                   "tokenizer_sha256": saved.get("tokenizer_sha256")}
-    return model.eval()
+    model.facts = {"vocab": vocab, "classes": names,
+                   **{k: saved.get(k) for k in ("grid", "tokenizer", "tokenizer_sha256")}}
+    return model.float().eval()
 
 # ---- 4. Sampling -------------------------------------------------------------------------------
 
@@ -271,7 +281,7 @@ def choose(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         ordered, where = logits.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)     # mass of likelier codes
         logits = ordered.masked_fill(before > top_p, -math.inf).gather(-1, where.argsort(-1))
-    cdf = logits.double().softmax(-1).cumsum(-1)  # float64: no u can hit probability 0
+    cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # so that no u hits probability 0
     u = u.double()[..., None] * cdf[..., -1:]
     return torch.searchsorted(cdf, u, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
 
@@ -284,25 +294,42 @@ def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, 
     decide. p > 1 shows what a patch stage learns: patches from one distribution each."""
     training, device, guided = model.training, labels.device, cfg_scale != 1
     model.eval()
-    run = torch.compile(model.run, dynamic=False) if compile else model.run
     noise = torch.rand(len(labels), model.grid**2, device=device) if noise is None else noise
     noise = patch_targets(noise, p)                                       # (B, N/K, K)
-    rope = rope_2d(model.grid // p, model.head_dim, device)
+    n, rope = noise.shape[1], rope_2d(model.grid // p, model.head_dim, device)
+    codes = torch.zeros_like(noise, dtype=torch.long)
     if guided:  # both in one batch
         labels = torch.cat([labels, torch.full_like(labels, model.classes)])
-    x, codes = model.embed_class(labels), []                              # (B or 2B, 1, D)
-    cache = x.new_zeros(len(model.layers), 2, len(x), model.n_head, noise.shape[1], model.head_dim)
-    for i in range(noise.shape[1]):
-        logits = run(x, rope[i : i + 1], cache, torch.tensor([i], device=device))
+    x, position = model.embed_class(labels), torch.zeros(1, dtype=torch.long, device=device)
+    cache = x.new_zeros(len(model.layers), 2, len(x), model.n_head, n, model.head_dim)
+    run = torch.compile(model.run, dynamic=False) if compile else model.run
+
+    def step(filled):  # all in place and on the device, so that a CUDA graph can repeat it
+        seen = torch.arange(filled, device=device)[None] <= position      # (1, filled)
+        logits = run(x, rope[position], cache, position, seen)            # (B or 2B, 1, V)
         if guided:
             cond, uncond = logits.chunk(2)
             logits = uncond + cfg_scale * (cond - uncond)                 # (B, 1, V)
-        logits = logits.expand(-1, p * p, -1)                             # (B, K, V), a view
-        codes.append(choose(logits, noise[:, i], temperature, top_k, top_p))  # (B, K)
-        x = model.tok_embeddings(codes[-1]).mean(1, keepdim=True)         # Eq. 2 again
-        x = torch.cat([x, x]) if guided else x
+        u = noise.index_select(1, position)[:, 0]                         # (B, K)
+        new = choose(logits.expand(-1, p * p, -1), u, temperature, top_k, top_p)
+        codes.index_copy_(1, position, new[:, None])
+        new = model.tok_embeddings(new).mean(1, keepdim=True)             # (B, 1, D), Eq. 2 again
+        x.copy_(new.repeat(1 + guided, 1, 1))
+        position.add_(1)
+
+    stride = -(-n // 4) if compile else 1  # a compiled step has one shape: make it four of them
+    for first in range(0, n, stride):
+        left = range(first, min(first + stride, n))
+        again = partial(step, left.stop)
+        again()
+        if compile and device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                again()                                                   # recorded, not run
+            again = graph.replay
+        for _ in left[1:]:
+            again()
     model.train(training)
-    codes = torch.stack(codes, dim=1)                                     # (B, N/K, K)
     return rearrange(codes, "b (h w) (p1 p2) -> b (h p1 w p2)", h=model.grid // p, p1=p)
 
 def noise_of(seed, indices, length):
@@ -310,54 +337,20 @@ def noise_of(seed, indices, length):
     return torch.stack([torch.from_numpy(generator(seed, 3, int(i)).random(length, np.float32))
                         for i in indices])
 
-# ---- 5. Data: a folder of codes, and batches that are a pure function of (seed, step) ----------
+# ---- 5. Data: batches that are a pure function of (seed, step) ---------------------------------
 
-class Codes:
-    """A folder that `tokenizer.py encode` wrote; "none" is ImageNet's shape, without codes
+def batch_at(data, step, cfg, rows=slice(None)):
+    """`rows` of the global batch of a step -> codes (b, N), labels (b,), int64
 
-    codes (n, views, N) uint8 or uint16, memory-mapped; labels (n,); val: codes (m, N) and labels to
-    validate on, or None; facts: what a checkpoint must know. Raises BadInput."""
-    def __init__(self, path, image_size=256):
-        self.path, self.val, self.facts = path, None, dict(
-            vocab=16384, grid=image_size // 16, image_size=image_size, images=1_281_167,
-            classes=[str(i) for i in range(1000)], tokenizer=None, tokenizer_sha256=None)
-        if path == "none":
-            return
-        try:
-            with open(os.path.join(path, "meta.json")) as f:
-                meta = json.load(f)
-            self.facts.update((k, meta[k]) for k in self.facts if k != "images")
-            if meta["tokenizer"]:
-                self.facts["tokenizer"] = os.path.join(path, meta["tokenizer"])
-            self.codes, self.labels = self.split("")
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise BadInput(f"{path}: expected a folder with a meta.json ({brief(e)})") from None
-        self.facts["images"] = len(self.codes)
-        if os.path.exists(os.path.join(path, "codes_val.npy")):
-            codes, labels = self.split("_val")
-            rows = np.linspace(0, len(codes) - 1, min(2048, len(codes))).astype(int)
-            self.val = [torch.from_numpy(x).long() for x in (codes[rows, 0], labels[rows])]
-
-    def split(self, suffix):
-        """Codes and labels of one split, every value held against meta.json"""
-        facts, path = self.facts, os.path.join(self.path, "{}" + suffix + ".npy").format
-        shape = -1, -1, facts["grid"] ** 2
-        codes = open_array(path("codes"), "uint8 uint16", shape, facts["vocab"])
-        types, classes = "uint8 uint16 int32 int64", len(facts["classes"])
-        return codes, open_array(path("labels"), types, codes.shape[:1], classes)
-
-    def batch(self, step, cfg, rows=slice(None)):
-        """`rows` of the global batch of a step -> codes (b, N), labels (b,), int64
-
-        A new order each epoch, any view of an image, and the null label in place of some labels."""
-        n, where = len(self.codes), np.arange(step * cfg.batch, (step + 1) * cfg.batch)
-        index = np.array([permutation(n, cfg.seed, i // n)[i % n] for i in where])
-        rng = generator(cfg.seed, 1, step)
-        view = rng.integers(self.codes.shape[1], size=cfg.batch)
-        null = rng.random(cfg.batch) < cfg.class_dropout
-        labels = np.where(null, len(self.facts["classes"]), self.labels[index])
-        pair = self.codes[index[rows], view[rows]], labels[rows]
-        return [torch.from_numpy(x).long() for x in pair]
+    A new order each epoch, any view of an image, and the null label in place of some labels."""
+    n, where = len(data.codes), np.arange(step * cfg.batch, (step + 1) * cfg.batch)
+    index = np.array([permutation(n, cfg.seed, i // n)[i % n] for i in where])
+    rng = generator(cfg.seed, 1, step)
+    view = rng.integers(data.codes.shape[1], size=cfg.batch)
+    null = rng.random(cfg.batch) < cfg.class_dropout
+    labels = np.where(null, len(data.facts["classes"]), data.labels[index])
+    pair = data.codes[index[rows], view[rows]], labels[rows]
+    return [torch.from_numpy(x).long() for x in pair]
 
 @lru_cache(maxsize=2)  # a batch may straddle two epochs
 def permutation(n, seed, epoch):
@@ -366,7 +359,9 @@ def permutation(n, seed, epoch):
 # ---- 6. Training -------------------------------------------------------------------------------
 
 def check(cfg, facts, world=1):
-    """Raise BadInput where the configuration contradicts itself, the data or the ranks"""
+    """-> cfg with out and steps filled in; BadInput where it contradicts itself, data or ranks"""
+    cfg = replace(cfg, out=cfg.out or f"out/{cfg.model}",
+                  steps=cfg.steps or round(cfg.epochs * facts["images"] / max(1, cfg.batch)))
     falling = all(a > b for a, b in zip(cfg.patches, cfg.patches[1:])) and cfg.patches[-1] == 1
     grid, micro = facts["grid"], cfg.micro_batch or max(1, cfg.batch // world)
     for right, name, expected in (
@@ -387,6 +382,7 @@ def check(cfg, facts, world=1):
     ):
         if not right:
             raise BadInput(f"{name} is {getattr(cfg, name)}, expected {expected}")
+    return cfg
 
 def build(cfg, facts, device):
     """The model, from cfg.seed or cfg.init, and its AdamW, which decays matrices and embeddings"""
@@ -401,6 +397,7 @@ def build(cfg, facts, device):
             model.load_state_dict(weights)
         except RuntimeError as e:
             raise BadInput(f"{cfg.init}: not weights of this size ({brief(e)})") from None
+    model.recompute = cfg.recompute
     model.to(device).train()
     groups = [dict(params=[w for w in model.parameters() if (w.dim() >= 2) == matrix],
                    weight_decay=cfg.weight_decay * matrix) for matrix in (True, False)]
@@ -453,11 +450,8 @@ def train_step(wrapped, optimizer, batch, p, cfg, machine):
 def train(cfg):
     """Train, or go on training, the run in cfg.out; returns the exit code"""
     machine, data = Machine(cfg.dtype), Codes(cfg.data)
-    facts, epoch = data.facts, data.facts["images"] / max(1, cfg.batch)   # epoch in steps
-    out, steps = cfg.out or f"out/{cfg.model}", cfg.steps or round(cfg.epochs * epoch)
-    cfg = replace(cfg, out=out, steps=steps)
-    check(cfg, facts, machine.world)
-    schedule, path = (steps, cfg.patches, cfg.lam), partial(os.path.join, out)
+    facts, cfg = data.facts, check(cfg, data.facts, machine.world)
+    schedule, path = (cfg.steps, cfg.patches, cfg.lam), partial(os.path.join, cfg.out)
     leader, show = machine.rank == 0, chosen(cfg, facts["classes"])
     say = print if leader else (lambda _: None)
     facts["tokenizer"] = cfg.tokenizer or facts["tokenizer"]
@@ -465,7 +459,7 @@ def train(cfg):
     model, optimizer = build(cfg, facts, machine.device)
     first = resume(cfg, facts, model, optimizer)
     if first == cfg.steps:
-        say(f"{cfg.out} is finished after {first:,} steps, see {out}")
+        say(f"{cfg.out} is finished after {first:,} steps")
         return 0
     compiled = cfg.compile == "true" or cfg.compile == "auto" and machine.gpu
     wrapped = torch.compile(model, dynamic=False) if compiled else model  # one graph for each p
@@ -482,18 +476,22 @@ def train(cfg):
         cut_log(path("log.jsonl"), first)
         if first == 0:
             save("ckpt.pt", 0)                                            # the folder is taken
-    say(f"{cfg.model}, {sum(w.numel() for w in model.parameters()):,} parameters; "
-        f"{facts['images']:,} images; steps {first:,} to {steps:,}; in {out}")
+    say(f"{cfg.model}, {model.size():,} parameters; {facts['images']:,} images; "
+        f"steps {first:,} to {cfg.steps:,}; in {cfg.out}")
+
+    def fetch(step):  # pinned, so that the copy to the GPU makes nobody wait
+        return [x.pin_memory() if machine.gpu else x for x in batch_at(data, step, cfg, rows)]
+
     losses, began, tick = [], time.time(), time.time()
     with ThreadPoolExecutor(1) as pool, stop_signals() as stop:
-        upcoming = pool.submit(data.batch, first, cfg, rows)
+        upcoming = pool.submit(fetch, first)
         for step in range(first, cfg.steps):
             p, _, end = stage(step, *schedule)
             lr = lr_at(step, *schedule, cfg.lr * cfg.batch / 256, cfg.lr_min,
-                       cfg.warmup_epochs * epoch, cfg.decay_frac)
+                       cfg.warmup_epochs * facts["images"] / cfg.batch, cfg.decay_frac)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            batch, upcoming = upcoming.result(), pool.submit(data.batch, step + 1, cfg, rows)
+            batch, upcoming = upcoming.result(), pool.submit(fetch, step + 1)
             torch.manual_seed(generator(cfg.seed, 2, step, machine.rank).integers(2**62))  # dropout
             losses.append(train_step(wrapped, optimizer, batch, p, cfg, machine))
 
@@ -526,8 +524,8 @@ def train(cfg):
             if stopped:
                 say(f"\nstopped after step {done:,}: the same command goes on from there")
                 return 130
-    if leader and tokenizer:
-        if os.path.exists(os.path.join(cfg.data, "features.pt")):
+    if tokenizer:
+        if os.path.exists(os.path.join(cfg.data, "features.pt")):         # ranks share the features
             labels = torch.arange(1000) % len(facts["classes"])
             images = np.concatenate(list(draw(model, tokenizer, labels, cfg)))
             say("\n1,000 samples: " + fid.small_report(images, labels.numpy(), cfg.data))
@@ -536,16 +534,14 @@ def train(cfg):
     return 0
 
 def progress(record, cfg, first, began):
-    """A line that a terminal shows in place, and a file one below the other"""
-    before, now, total = (sum(max(0, min(step, end) - start) / p**2       # work, in steps of p = 1
+    """Show where the run is, in work done: a step at p costs about 1/p^2 of one at p = 1"""
+    before, now, total = (sum(max(0, min(step, end) - start) / p**2
                               for p, start, end in spans(cfg.steps, cfg.patches, cfg.lam))
                           for step in (first, record["step"], cfg.steps))
-    left = int((time.time() - began) * (total - now) / (now - before))    # in seconds
+    left = clock((time.time() - began) * (total - now) / (now - before))
     val = f"  val {record['val_loss']:.3f}" if "val_loss" in record else ""
-    line = (f"{now / total:4.0%}  step {record['step']:,}  p {record['p']}  "
-            f"loss {record['loss']:.3f}{val}  {record['img_s']:,.0f} img/s  "
-            f"{left // 60}:{left % 60:02} left")
-    print(f"\r{line:<79}" if sys.stdout.isatty() else f"{line}\n", end="", flush=True)
+    status(f"{now / total:4.0%}  step {record['step']:,}  p {record['p']}  "
+           f"loss {record['loss']:.3f}{val}  {record['img_s']:,.0f} img/s  {left} left")
 
 # ---- 7. Pictures from a checkpoint -------------------------------------------------------------
 
@@ -559,14 +555,27 @@ def chosen(cfg, names):
         raise BadInput(f"classes is {cfg.classes}, expected names like {names[0]}, or numbers from "
                        f"0 to {len(names) - 1}") from None
 
-def draw(model, tokenizer, labels, cfg, p=1):
-    """labels (n,) -> uint8 images (b, S, S, 3), chunk by chunk; image i depends on (seed, i)"""
-    device = model.output.weight.device
-    for i in torch.arange(len(labels)).split(cfg.micro_batch or 25):
+def draw(model, tokenizer, labels, cfg, p=1, machine=None):
+    """labels (n,) -> uint8 images (b, S, S, 3), chunk by chunk; image i depends on (seed, i)
+
+    The ranks of `machine` take chunks in turn, and the first yields the images of all. Chunks are
+    full, the last beyond the end: one shape to compile, the same numbers with any world."""
+    rank, world = (machine.rank, machine.world) if machine else (0, 1)
+    device, n = model.output.weight.device, len(labels)
+    chunk = min(n, cfg.micro_batch or (128 if device.type == "cuda" else 25))
+    for first in range(0, n, chunk * world):
+        i = (torch.arange(chunk) + first + chunk * rank) % n
         noise = noise_of(cfg.seed, i, model.grid**2).to(device)
         codes = generate(model, labels[i].to(device), cfg.cfg_scale, cfg.temperature, cfg.top_k,
-                         cfg.top_p, noise, p=p)
-        yield to_uint8(tokenizer.decode(rearrange(codes, "b (h w) -> b h w", h=model.grid)))
+                         cfg.top_p, noise, bool(cfg.sample) and cfg.compile == "true", p)
+        codes = rearrange(codes, "b (h w) -> b h w", h=model.grid)
+        images = torch.cat([tokenizer.decode(x) for x in codes.split(25)])  # the decoder is large
+        if cfg.image_size_eval:
+            images = F.interpolate(images, (cfg.image_size_eval,) * 2, mode="bicubic")
+        images = to_uint8(images)
+        for r, part in enumerate(machine.gather(images) if machine else [images]):
+            if first + chunk * r < n:
+                yield part[: n - first - chunk * r]
 
 def draw_grid(path, model, tokenizer, classes, per_class, cfg, p=1):
     """Write one picture with a class a row"""
@@ -576,27 +585,44 @@ def draw_grid(path, model, tokenizer, classes, per_class, cfg, p=1):
     save_grid(path, images, per_class, scale=max(1, 64 // images.shape[1]))
 
 def sample(cfg):
-    """Draw samples from the checkpoint cfg.sample into cfg.out, a .png or an .npz"""
+    """Draw samples from the checkpoint cfg.sample into cfg.out: a .png, or an .npz for fid.py"""
     machine, out = Machine(cfg.dtype), cfg.out or "samples.png"
-    if not out.endswith((".png", ".npz")) or cfg.n < 0 or machine.world > 1:
-        raise BadInput(f"{out}, n {cfg.n}, ranks {machine.world}: expected .png or .npz, >= 0, 1")
-    model = load_model(cfg.sample, grid=cfg.image_size // 16 or None)
+    if not out.endswith((".png", ".npz")) or min(cfg.n, cfg.image_size_eval, cfg.seed) < 0:
+        raise BadInput(f"{out}: n {cfg.n}, image_size_eval {cfg.image_size_eval}, seed {cfg.seed}, "
+                       "expected .png or .npz, and no negative number")
+    model = load_model(cfg.sample)
     path, names = cfg.tokenizer or model.facts["tokenizer"], model.facts["classes"]
     if not path:
         raise BadInput(f"{cfg.sample}: does not name its tokenizer, expected --tokenizer")
     tokenizer = load_tokenizer(path, machine.device, model.facts)
+    model.grid = model.facts["grid"] or (cfg.image_size or 256) // tokenizer.factor
+    size = model.grid * tokenizer.factor
+    if cfg.image_size not in (0, size):
+        raise BadInput(f"image_size is {cfg.image_size}, expected {size or tokenizer.factor}")
     model.to(machine.device, torch.bfloat16 if machine.bfloat16 else torch.float32)
-    classes = chosen(cfg, names)
     if out.endswith(".png"):
+        classes = chosen(cfg, names)
         n = (math.ceil(cfg.n / len(classes)) or 10) * len(classes)        # full rows
-        draw_grid(out, model, tokenizer, classes, n // len(classes), cfg)
+        if machine.rank == 0:
+            draw_grid(out, model, tokenizer, classes, n // len(classes), cfg)
     else:
-        classes = torch.tensor(classes if cfg.classes else range(len(names)))
-        n, size = cfg.n or 10 * len(classes), model.grid * tokenizer.factor
-        labels = classes[torch.arange(n) % len(classes)]                  # balanced, in turn
-        save_npz(out, draw(model, tokenizer, labels, cfg), (n, size, size, 3), labels.numpy())
-    print(f"{out}: {n:,} samples of {', '.join(names[c] for c in classes[:10])}")
+        n, size = cfg.n or 10 * len(names), cfg.image_size_eval or size
+        labels = labels_of(cfg, n, names)
+        images = watched(draw(model, tokenizer, labels, cfg, machine=machine), n)
+        if machine.rank == 0:
+            save_npz(out, images, (n, size, size, 3), labels.numpy())
+        list(images)                                                      # the share of other ranks
+    if machine.rank == 0:
+        print(f"\n{out}: {n:,} samples")
     return 0
+
+def labels_of(cfg, n, names):
+    """-> labels (n,): in turn, so that every class has n / classes, or at random as the papers do:
+    the same on average, but the shares differ from the reference's and the scores a little more"""
+    if cfg.classes == "random":
+        return torch.from_numpy(generator(cfg.seed, 4).integers(len(names), size=n))
+    classes = torch.tensor(chosen(cfg, names) if cfg.classes else range(len(names)))
+    return classes[torch.arange(n) % len(classes)]
 
 # ---- 8. What it costs, and the command line ----------------------------------------------------
 
@@ -615,13 +641,14 @@ def cost(size, patches=(2, 1), lam=0.5, vocab=16384, grid=16):
 def plan(cfg):
     """Print what each stage costs, and the whole against plain next-token prediction"""
     data = Codes(cfg.data, cfg.image_size or 256)
-    epoch = data.facts["images"] / max(1, cfg.batch)                      # in steps
-    cfg = replace(cfg, steps=cfg.steps or round(cfg.epochs * epoch))
-    check(cfg, data.facts)
+    cfg = check(cfg, data.facts)
     shape = dict(vocab=data.facts["vocab"], grid=data.facts["grid"])
     average, stages = cost(cfg.model, cfg.patches, cfg.lam, **shape)
     plain = cost(cfg.model, (1,), **shape)[0]
-    print("  p       steps  positions  G multiply-adds an image   share")
+    with torch.device("meta"):
+        model = Transformer(**SIZES[cfg.model], classes=len(data.facts["classes"]), **shape)
+    print(f"{cfg.model}, {model.size():,} parameters\n"
+          "  p       steps  positions  G multiply-adds an image   share")
     for (p, first, end), x in zip(spans(cfg.steps, cfg.patches, cfg.lam), stages):
         print(f"{p:3} {end - first:11,} {shape['grid'] ** 2 // p**2 + 1:10,} {x / 1e9:25.2f} "
               f"{(end - first) / cfg.steps * x / average:7.1%}")
@@ -631,13 +658,7 @@ def plan(cfg):
     return 0
 
 def parse(argv):
-    """Flags -> Config: a flag for each field, with the field's comment as its help"""
-    parser = Parser(__doc__)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    for f in fields(Config):
-        parser.add_flag(f.name, f.default, comments[f.name])
-    parser.set_defaults(**dict.fromkeys(NAMES))                           # to see which are given
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    given = Parser(__doc__).given(Config, argv)
     recipe = TINY if given.get("model", "tiny") == "tiny" else {}
     return Config(**{**recipe, **({"steps": 0} if "epochs" in given else {}), **given})
 

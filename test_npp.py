@@ -245,8 +245,9 @@ def test_cached_logits_equal_uncached(p):
     x = torch.cat([model.embed_class(labels), x[:, :-1]], dim=1)
     rope = npp.rope_2d(4 // p, model.head_dim)
     cache = torch.zeros(2, 2, 3, 2, positions, model.head_dim)
-    steps = [model.run(x[:, i : i + 1], rope[i : i + 1], cache, torch.tensor([i]))
-             for i in range(positions)]
+    filled = [positions // 2] * (positions // 2) + [positions] * (positions // 2)  # as in a graph
+    steps = [model.run(x[:, i : i + 1], rope[i : i + 1], cache, torch.tensor([i]),
+                       torch.arange(filled[i])[None] <= i) for i in range(positions)]
     torch.testing.assert_close(torch.cat(steps, dim=1), model(codes, labels, p))
 
 def test_first_loss_is_the_log_of_the_vocabulary():
@@ -325,25 +326,25 @@ def test_patchwise_sampling_draws_every_code_of_a_patch_from_one_distribution():
 # ---- 5. data -----------------------------------------------------------------------------------
 
 def test_an_epoch_visits_every_image_once(data):
-    codes, cfg = npp.Codes(data), npp.Config(batch=36, class_dropout=0)  # 96 images
+    codes, cfg = common.Codes(data), npp.Config(batch=36, class_dropout=0)  # 96 images
     order = [npp.permutation(96, 0, epoch) for epoch in range(3)]
     where = np.concatenate(order)
     for step in range(8):
-        labels = codes.batch(step, cfg)[1]
+        labels = npp.batch_at(codes, step, cfg)[1]
         assert labels.tolist() == codes.labels[where[step * 36 : step * 36 + 36]].tolist()
     assert sorted(order[0]) == list(range(96)) and not np.array_equal(order[0], order[1])
 
 def test_batches_do_not_depend_on_ranks(data):
-    codes, cfg = npp.Codes(data), npp.Config(batch=12)
-    whole = codes.batch(5, cfg)
-    parts = [codes.batch(5, cfg, slice(r * 4, r * 4 + 4)) for r in range(3)]
+    codes, cfg = common.Codes(data), npp.Config(batch=12)
+    whole = npp.batch_at(codes, 5, cfg)
+    parts = [npp.batch_at(codes, 5, cfg, slice(r * 4, r * 4 + 4)) for r in range(3)]
     for i in range(2):
         assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
-    assert not torch.equal(whole[0], npp.Codes(data).batch(5, npp.Config(batch=12, seed=1))[0])
+    assert not torch.equal(whole[0], npp.batch_at(codes, 5, npp.Config(batch=12, seed=1))[0])
 
 def test_views_and_null_labels_are_drawn_at_random(data):
-    codes, cfg = npp.Codes(data), npp.Config(batch=4000)
-    batch, labels = codes.batch(0, cfg)
+    codes, cfg = common.Codes(data), npp.Config(batch=4000)
+    batch, labels = npp.batch_at(codes, 0, cfg)
     assert (labels == 3).float().mean().item() == pytest.approx(0.1, abs=0.02)
     index = np.concatenate([npp.permutation(96, 0, e) for e in range(42)])[:4000]
     first = (batch.numpy() == codes.codes[index, 0]).all(1)
@@ -366,7 +367,7 @@ def test_one_image_can_be_learned_by_heart(tmp_path):
     data, out = write_data(tmp_path / "one", images=1, views=1), str(tmp_path / "run")
     assert train(data, out, steps=200, batch=8, lr=0.15, class_dropout=0.0, save_every=200) == 0
     assert log(out)[-1]["loss"] < 0.01
-    codes = npp.Codes(data)
+    codes = common.Codes(data)
     model = npp.load_model(os.path.join(out, "ckpt.pt"))
     drawn = npp.generate(model, torch.from_numpy(codes.labels[:1].copy()))
     assert drawn[0].tolist() == codes.codes[0, 0].tolist()
