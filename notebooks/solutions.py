@@ -15,3 +15,32 @@ def gradient(logits, targets):
 
 # Exercise 1.4
 floor_7779 = -(3 / 4 * np.log(3 / 4) + 1 / 4 * np.log(1 / 4))
+
+# Exercise 2.1
+input_5 = {16, 17, 24, 25}
+
+# Exercise 2.2
+def may_depend(p, i, j):
+    row, column = j // 8, j % 8
+    return row // p * (8 // p) + column // p < i
+
+# Exercise 2.3
+def parameters(n_layer, dim, vocab, classes):
+    layer = 4 * dim**2 + 3 * dim * npp.ffn_width(dim) + 2 * dim
+    return n_layer * layer + dim + 2 * vocab * dim + (classes + 1) * dim
+
+# Exercise 2.4
+without_cache = 256 * 257 // 2
+with_cache = 256
+
+# Exercise 3.1
+ends = [end for p, first, end in npp.spans(1200, (4, 2, 1), 1 / 2)]
+
+# Exercise 3.2
+three_levels = npp.Config(model="B", patches=(4, 2, 1), lam=2 / 3)
+
+# Exercise 3.3
+share_three_quarters = 3 / 4 * 1 / 4 + 1 / 4 * 1
+
+# Exercise 3.4
+plain_epochs = 300 * npp.cost("B", (2, 1))[0] / npp.cost("B", (1,))[0]
