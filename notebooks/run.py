@@ -79,7 +79,7 @@ def main():
     args = parser.parse_args()
     os.environ.update({"SHORT": "1"} if args.short else {})
     solutions, failed = args.solutions and read_solutions(f"{HERE}/solutions.py"), False
-    for path in args.notebooks:
+    for path in map(os.path.relpath, args.notebooks):
         start = time.time()
         try:
             execute(path, solutions, not (args.short or args.solutions))
