@@ -93,6 +93,17 @@ class Machine:
         dist.gather(mine, parts)
         return [part.numpy() for part in parts or []]
 
+def class_numbers(text, names, most=10):
+    """Names or numbers with commas -> their numbers (n,) int64; by default at most `most` classes,
+    spread evenly. Raises BadInput."""
+    spread = np.linspace(0, len(names) - 1, min(most, len(names))).astype(int)
+    try:
+        return torch.tensor([names.index(c) if c in names else range(len(names))[int(c)]
+                             for c in (text.split(",") if text else spread)])
+    except (ValueError, IndexError):
+        raise BadInput(f"classes is {text}, expected names like {names[0]}, or numbers from 0 to "
+                       f"{len(names) - 1}") from None
+
 @contextmanager
 def stop_signals():
     """Within, SIGINT and SIGTERM do nothing but join the list that this yields"""
@@ -221,6 +232,11 @@ def save_grid(path, images, columns, scale=1):
     sheet = rearrange(sheet, "(r c) h w rgb -> (r h) (c w) rgb", c=columns)[:-1, :-1]
     picture = Image.fromarray(sheet.repeat(scale, axis=0).repeat(scale, axis=1))
     write_atomically(path, lambda f: picture.save(f, format="PNG"))
+
+def save_rows(path, chunks, rows):
+    """One PNG, a class a row, of chunks of uint8 images (b, H, W, 3) whose classes come in turn"""
+    images = rearrange(np.concatenate(list(chunks)), "(i c) h w rgb -> (c i) h w rgb", c=rows)
+    save_grid(path, images, len(images) // rows, scale=max(1, 64 // images.shape[1]))
 
 def save_npz(path, chunks, shape, labels):
     """Stream uint8 images of a known total shape (n, H, W, 3) into arr_0 of an .npz, with labels"""

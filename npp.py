@@ -10,6 +10,7 @@ weights, on single codes. Sampling stays plain next-token prediction. --patches 
     torchrun --nproc_per_node=8 npp.py --model B --data codes/imagenet256          # the paper
     python npp.py --model XXL --patches 8,4,2,1 --plan --data none    # what a schedule would cost
     python npp.py --sample out/tiny/ckpt.pt --classes Sandal,Bag --out bags.png
+    torchrun --nproc_per_node=8 -- npp.py --sample c2i_B_256.pt --tokenizer vq_ds16_c2i.pt --n 50000
 
 Shapes: B images of N = h * w codes, patches of K = p * p codes, D width, V vocabulary.
 """
@@ -32,9 +33,9 @@ from einops import rearrange, reduce, repeat
 from torch.utils.checkpoint import checkpoint
 
 import fid
-from common import (BadInput, Codes, Machine, Parser, brief, clock, cut_log, generator, load_file,
-                    one_line_errors, save_grid, save_npz, status, stop_signals, to_uint8, watched,
-                    write_atomically)
+from common import (BadInput, Codes, Machine, Parser, brief, class_numbers, clock, cut_log,
+                    generator, load_file, one_line_errors, save_npz, save_rows, status,
+                    stop_signals, to_uint8, watched, write_atomically)
 from tokenizer import load_tokenizer
 
 SIZES = {
@@ -452,7 +453,7 @@ def train(cfg):
     machine, data = Machine(cfg.dtype), Codes(cfg.data)
     facts, cfg = data.facts, check(cfg, data.facts, machine.world)
     schedule, path = (cfg.steps, cfg.patches, cfg.lam), partial(os.path.join, cfg.out)
-    leader, show = machine.rank == 0, chosen(cfg, facts["classes"])
+    leader, show = machine.rank == 0, class_numbers(cfg.classes, facts["classes"])
     say = print if leader else (lambda _: None)
     facts["tokenizer"] = cfg.tokenizer or facts["tokenizer"]
     tokenizer = facts["tokenizer"] and load_tokenizer(facts["tokenizer"], machine.device, facts)
@@ -514,10 +515,10 @@ def train(cfg):
                     progress(record, cfg, first, began)
                 losses, tick = [], time.time()
             if leader and done == end:
-                if tokenizer:
-                    draw_grid(path(f"samples_p{p}.png"), model, tokenizer, show, 5, cfg, p)
-                if tokenizer and done == cfg.steps:
-                    draw_grid(path("samples.png"), model, tokenizer, show, 10, cfg)
+                for name, each in (f"samples_p{p}", 5), ("samples", 10):
+                    if tokenizer and (each == 5 or done == cfg.steps):
+                        images = draw(model, tokenizer, show.repeat(each), cfg, p)
+                        save_rows(path(f"{name}.png"), images, len(show))
                 save(f"ckpt_p{p}.pt", done)
             if leader and keep:
                 save("ckpt.pt", done)                                     # last: it vouches for all
@@ -545,16 +546,6 @@ def progress(record, cfg, first, began):
 
 # ---- 7. Pictures from a checkpoint -------------------------------------------------------------
 
-def chosen(cfg, names):
-    """Numbers of the classes in cfg.classes, names or numbers; by default of ten, spread evenly"""
-    ten = np.linspace(0, len(names) - 1, min(10, len(names))).astype(int)
-    try:
-        return [names.index(c) if c in names else range(len(names))[int(c)]
-                for c in (cfg.classes.split(",") if cfg.classes else ten)]
-    except (ValueError, IndexError):
-        raise BadInput(f"classes is {cfg.classes}, expected names like {names[0]}, or numbers from "
-                       f"0 to {len(names) - 1}") from None
-
 def draw(model, tokenizer, labels, cfg, p=1, machine=None):
     """labels (n,) -> uint8 images (b, S, S, 3), chunk by chunk; image i depends on (seed, i)
 
@@ -577,52 +568,40 @@ def draw(model, tokenizer, labels, cfg, p=1, machine=None):
             if first + chunk * r < n:
                 yield part[: n - first - chunk * r]
 
-def draw_grid(path, model, tokenizer, classes, per_class, cfg, p=1):
-    """Write one picture with a class a row"""
-    labels = torch.tensor(classes).repeat(per_class)
-    images = np.concatenate(list(draw(model, tokenizer, labels, cfg, p)))
-    images = rearrange(images, "(i c) h w rgb -> (c i) h w rgb", c=len(classes))
-    save_grid(path, images, per_class, scale=max(1, 64 // images.shape[1]))
-
 def sample(cfg):
-    """Draw samples from the checkpoint cfg.sample into cfg.out: a .png, or an .npz for fid.py"""
-    machine, out = Machine(cfg.dtype), cfg.out or "samples.png"
+    """Draw samples from the checkpoint cfg.sample into cfg.out: a .png, or an .npz for fid.py
+
+    Classes come in turn, each n / classes times, as in the reference. At random, as in LlamaGen's
+    protocol, their shares differ from run to run, and scores with them."""
+    machine, out, model = Machine(cfg.dtype), cfg.out or "samples.png", load_model(cfg.sample)
+    png, names, known = out.endswith(".png"), model.facts["classes"], model.facts["grid"]
     if not out.endswith((".png", ".npz")) or min(cfg.n, cfg.image_size_eval, cfg.seed) < 0:
         raise BadInput(f"{out}: n {cfg.n}, image_size_eval {cfg.image_size_eval}, seed {cfg.seed}, "
                        "expected .png or .npz, and no negative number")
-    model = load_model(cfg.sample)
-    path, names = cfg.tokenizer or model.facts["tokenizer"], model.facts["classes"]
-    if not path:
+    if not (path := cfg.tokenizer or model.facts["tokenizer"]):
         raise BadInput(f"{cfg.sample}: does not name its tokenizer, expected --tokenizer")
     tokenizer = load_tokenizer(path, machine.device, model.facts)
-    model.grid = model.facts["grid"] or (cfg.image_size or 256) // tokenizer.factor
+    model.grid = known or (cfg.image_size or 256) // tokenizer.factor
     size = model.grid * tokenizer.factor
     if cfg.image_size not in (0, size):
         raise BadInput(f"image_size is {cfg.image_size}, expected {size or tokenizer.factor}")
     model.to(machine.device, torch.bfloat16 if machine.bfloat16 else torch.float32)
-    if out.endswith(".png"):
-        classes = chosen(cfg, names)
-        n = (math.ceil(cfg.n / len(classes)) or 10) * len(classes)        # full rows
-        if machine.rank == 0:
-            draw_grid(out, model, tokenizer, classes, n // len(classes), cfg)
-    else:
-        n, size = cfg.n or 10 * len(names), cfg.image_size_eval or size
-        labels = labels_of(cfg, n, names)
-        images = watched(draw(model, tokenizer, labels, cfg, machine=machine), n)
-        if machine.rank == 0:
-            save_npz(out, images, (n, size, size, 3), labels.numpy())
-        list(images)                                                      # the share of other ranks
-    if machine.rank == 0:
-        print(f"\n{out}: {n:,} samples")
-    return 0
-
-def labels_of(cfg, n, names):
-    """-> labels (n,): in turn, so that every class has n / classes, or at random as the papers do:
-    the same on average, but the shares differ from the reference's and the scores a little more"""
+    most = 10 if png else cfg.n or 10 * len(names)                        # a .png has ten rows
     if cfg.classes == "random":
-        return torch.from_numpy(generator(cfg.seed, 4).integers(len(names), size=n))
-    classes = torch.tensor(chosen(cfg, names) if cfg.classes else range(len(names)))
-    return classes[torch.arange(n) % len(classes)]
+        classes = torch.from_numpy(generator(cfg.seed, 4).integers(len(names), size=most))
+    else:
+        classes = class_numbers(cfg.classes, names, most)
+    n = cfg.n or 10 * min(len(classes), len(names))
+    n += -n % len(classes) if png else 0                                  # full rows
+    labels, size = classes[torch.arange(n) % len(classes)], cfg.image_size_eval or size
+    images = watched(draw(model, tokenizer, labels, cfg, machine=machine), n)
+    if machine.rank > 0:
+        list(images)                                                      # none: all are sent
+    elif png:
+        save_rows(out, images, len(classes))
+    else:
+        save_npz(out, images, (n, size, size, 3), labels.numpy())
+    return 0
 
 # ---- 8. What it costs, and the command line ----------------------------------------------------
 

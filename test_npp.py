@@ -1,5 +1,6 @@
 """What this project claims, as tests: python -m pytest (about two minutes on two CPU cores)"""
 
+import argparse
 import functools
 import json
 import math
@@ -51,9 +52,9 @@ def golden():
     model.load_state_dict({k[6:]: v for k, v in g.items() if k.startswith("model.")})
     return g, model.eval()
 
-def small_model(vocab=11, classes=3, grid=4, seed=0):
+def small_model(vocab=11, classes=3, grid=4, seed=0, dim=32):
     torch.manual_seed(seed)
-    model = npp.Transformer(2, 2, 32, vocab, classes, grid)
+    model = npp.Transformer(2, 2, dim, vocab, classes, grid)
     torch.nn.init.normal_(model.output.weight, std=0.3)  # zero weights would hide every difference
     return model.eval()
 
@@ -220,8 +221,20 @@ def test_cost_gives_the_table_of_the_paper():
     for (size, patches), printed in table_2.items():
         assert f"{npp.cost(size, patches)[0] / 1e9:.2f}" == printed
     assert f"{npp.cost('XL', (1,), grid=24)[0] / 1e9:.2f}" == "434.11"
+    for size, printed in (("XL", 102.78), ("XXL", 189.11)):  # labelled (2,1), which costs more
+        assert npp.cost(size, (2, 1))[0] / 1e9 > 1.15 * printed
+        fine, coarse = npp.cost(size, (2, 1))[1][::-1]  # what gives them is p = 2 counted twice
+        assert (fine + coarse / 4) / 2e9 == pytest.approx(printed, abs=0.011)
     average, (coarse, fine) = npp.cost("B", (2, 1), lam=0.75)
     assert average == pytest.approx(0.75 * coarse + 0.25 * fine)
+
+def test_cost_without_the_class_position_is_table_3s():
+    for patches, lam, printed in (((2, 1), 1 / 2, "0.625"), ((4, 1), 1 / 2, "0.531"),
+                                  ((2, 1), 2 / 3, "0.500"), ((2, 1), 3 / 4, "0.438"),
+                                  ((2, 1), 4 / 5, "0.400"), ((4, 2, 1), 1 / 2, "0.578"),
+                                  ((8, 4, 2, 1), 1 / 2, "0.572")):
+        huge = [npp.cost("B", x, lam, grid=2**12)[0] for x in (patches, (1,))]  # 1 of 2^24 + 1
+        assert f"{huge[0] / huge[1]:.3f}" == printed
 
 # ---- 3. the transformer ------------------------------------------------------------------------
 
@@ -546,6 +559,92 @@ def test_codes_of_another_tokenizer_are_refused(tmp_path, capsys):
     data = write_data(tmp_path / "data", tokenizer="tokenizer.pt", tokenizer_sha256="0" * 64)
     tokenizer.save_tokenizer(os.path.join(data, "tokenizer.pt"), model)
     refuses(capsys, flags(data=data, out=tmp_path / "run", **SHORT), "sha256", "0000")
+
+@pytest.fixture
+def published(tmp_path):
+    """Weights as LlamaGen publishes them, which tell neither heads nor grid, and a tokenizer"""
+    model = small_model(vocab=32, classes=5, dim=128)
+    paths = str(tmp_path / "c2i.pt"), str(tmp_path / "vq.pt")
+    torch.save({"model": model.state_dict()}, paths[0])
+    tokenizer.save_tokenizer(paths[1], tokenizer.VQModel(32, 8, 32, (1, 1, 1), 32))
+    return model, *paths
+
+@pytest.mark.parametrize("layout", ("model", "module", "state_dict", None))
+def test_published_weights_load_from_every_layout(published, tmp_path, layout):
+    model, path = published[0], str(tmp_path / "other.pt")
+    args = argparse.Namespace(gpt_model="GPT-B")  # training checkpoints of LlamaGen carry one
+    torch.save({layout: model.state_dict(), "args": args} if layout else model.state_dict(), path)
+    loaded = npp.load_model(path, grid=6)
+    assert loaded.n_head == 2 and loaded.grid == 6 and not loaded.training
+    assert same(loaded.state_dict(), model.state_dict())
+
+def test_heads_follow_from_the_width(tmp_path):
+    for name, size in npp.SIZES.items():
+        with torch.device("meta"):
+            model = npp.Transformer(1, 1, size["dim"], 16, 3, 4)
+        state = {k: torch.zeros(()).expand(v.shape) for k, v in model.state_dict().items()}
+        torch.save(state, tmp_path / "one.pt")  # a single number, seen in every place
+        if name != "tiny":
+            assert npp.load_model(tmp_path / "one.pt").n_head == size["n_head"]
+
+def test_published_weights_sample_without_a_data_set_at_any_size(published, tmp_path):
+    _, weights, vq = published
+    args = flags(sample=weights, tokenizer=vq, data="none", image_size=24, n=5, classes="4,2")
+    for name, size in (("a", 0), ("b", 16)):
+        out = str(tmp_path / f"{name}.npz")
+        assert npp.main([*args, *flags(out=out, image_size_eval=size)]) == 0
+    a, b = (np.load(tmp_path / f"{name}.npz") for name in "ab")
+    assert a["arr_0"].shape == (5, 24, 24, 3) and a["labels"].tolist() == [4, 2, 4, 2, 4]
+    codes = npp.generate(npp.load_model(weights, grid=6), torch.from_numpy(a["labels"]), 2.0,
+                         noise=npp.noise_of(0, range(5), 36))
+    images = tokenizer.load_tokenizer(vq).decode(codes.view(5, 6, 6))
+    assert np.array_equal(a["arr_0"], common.to_uint8(images))
+    images = F.interpolate(images, (16, 16), mode="bicubic")  # before rounding, as LlamaGen does
+    assert np.array_equal(b["arr_0"], common.to_uint8(images))
+    assert npp.main([*args, *flags(out=tmp_path / "grid.png")]) == 0
+
+@pytest.mark.parametrize("values, words", [
+    ({"image_size": 2}, ["image_size is 2", "expected 4"]),
+    ({"image_size": 25}, ["image_size is 25", "expected 24"]),
+    ({"image_size_eval": -1}, ["image_size_eval -1"]),
+    ({"out": "samples.jpg"}, ["samples.jpg", ".png or .npz"]),
+    ({"classes": "5"}, ["classes is 5", "0 to 4"]),
+    ({"tokenizer": ""}, ["c2i.pt", "--tokenizer"]),
+    ({"sample": "vq.pt"}, ["vq.pt", "expected a transformer"]),
+])
+def test_what_cannot_be_sampled_is_refused(published, tmp_path, capsys, monkeypatch, values, words):
+    monkeypatch.chdir(tmp_path)
+    given = {"sample": "c2i.pt", "tokenizer": "vq.pt", "image_size": 24, "out": "x.npz", **values}
+    refuses(capsys, flags(**given), *words)
+    assert not os.path.exists("x.npz")
+
+def test_any_number_of_ranks_makes_the_same_samples(published, tmp_path):
+    _, weights, vq = published
+    args = flags(sample=weights, tokenizer=vq, image_size=16, n=11, micro_batch=3)
+    outs = [str(tmp_path / f"{ranks}.npz") for ranks in (1, 2)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    two = subprocess.run([sys.executable, *launcher, os.path.join(HERE, "npp.py"), *args,
+                          "--out", outs[1]], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=90)
+    assert two.returncode == 0 == npp.main([*args, "--out", outs[0]])
+    with open(outs[0], "rb") as a, open(outs[1], "rb") as b:
+        assert len(np.load(outs[0])["arr_0"]) == 11 and a.read() == b.read()
+
+def test_samples_are_balanced_or_random_by_seed_and_index(published, tmp_path):
+    _, weights, vq = published
+    def labels(**values):
+        out = str(tmp_path / "x.npz")
+        assert npp.main(flags(sample=weights, tokenizer=vq, image_size=4, out=out, **values)) == 0
+        return np.load(out)["labels"].tolist()
+    assert np.bincount(labels(n=10)).tolist() == [2] * 5
+    random = labels(n=10, classes="random")
+    assert random == labels(n=20, classes="random")[:10] != labels(n=10)
+    assert random != labels(n=10, classes="random", seed=1)
+
+def test_recomputed_activations_give_the_same_training(data, tmp_path):
+    outs = [str(tmp_path / name) for name in "ab"]
+    assert train(data, outs[0], dropout=0.1) == 0 == npp.main([*flags(
+        data=data, out=outs[1], dropout=0.1, **SHORT), "--recompute"])
+    assert same(weights(outs[0]), weights(outs[1])) and log(outs[0]) == log(outs[1])
 
 # ---- 8. the command line -----------------------------------------------------------------------
 
