@@ -1,114 +1,276 @@
-"""What this code costs on the machine at hand
+"""What this code costs on the machine at hand, as one table
 
-    python bench.py                                  # every row below, size tiny: minutes on a CPU
-    python bench.py --what frechet --rounds 5        # the Frechet distance beside scipy's sqrtm
-    python bench.py --size B --batch 256 --vocab 16384 --grid 16 --json     # a GPU's rows, as JSON
+    python bench.py                          # size tiny: minutes on a CPU
+    python bench.py --size B --batch 128 --what train,sample --json --peer CLONE      # for a GPU
 
-    train    a training step at p = 1, 2, 4: forward, backward, clipping, AdamW
-    sample   images a second, without and with guidance
-    frechet  the distance of two full-rank Gaussians in 2048 dimensions
+    train    a step at p = 1, 2, 4; as a ratio also the mean step of (2,1), by npp.spans' shares
+    sample   npp.generate without and with guidance, by batch
+    data     npp.Codes.batch from a memory map of ImageNet's shape, beside one .npy an image, as
+             LlamaGen stores them: one thread, nothing read from the disk
+    frechet  the distance of two full-rank Gaussians in 2048 dimensions, beside scipy
 
-The calls of a row are interleaved (a, b, c, a, b, c ...) and each line gives the median with the
-smallest and the largest of the rounds, and how the median stands to that of the row's first call.
-On a GPU training runs compiled under bfloat16 autocast and sampling in bfloat16; on a CPU, float32.
+A GPU runs bfloat16 (training: autocast), eager and compiled; a CPU runs float32. --peer, a checkout
+of PKU-YuanGroup/Next-Patch-Prediction, adds its model, with our weights, in our training step, and
+its generate. Times are medians (smallest to largest) over rounds of interleaved calls (a, b, a, b)
+after a warm-up; ratios are taken within each round. "matmul" and "read" are what the machine gives,
+"share" the larger part of it (of matmul in training: model-FLOP utilisation) that a row uses of
+    TFLOP  2 for each weight of linear layers and head at each of the N/K positions, three times
+           that in a training step; without attention scores, as in npp.cost
+    GB     those weights and the filled KV cache, read for each of N positions drawn
+GiB: what a call allocates on the GPU beyond what it finds (weights, optimizer, CUDA graphs).
 """
+import itertools
 import json
+import mmap
+import os
 import platform
-import statistics
 import sys
+import tempfile
 import time
+from collections import namedtuple
+from functools import partial
+from statistics import median
 
 import numpy as np
+import scipy
 import torch
-from scipy.linalg import sqrtm
+import torch.nn as nn
 
 import fid
 import npp
-from common import BadInput, Machine, Parser, generator, one_line_errors
+from common import BadInput, Machine, Parser, brief, generator, one_line_errors
+
+# A call to time: the images it makes or takes, the codes it draws, what it must do and read
+Row = namedtuple("Row", "call images codes flop bytes", defaults=(0, 0, 0, 0))
+COLUMNS = {"images/s": ("images", 1), "codes/s": ("codes", 1), "TFLOP/s": ("flop", 1e12),
+           "GB/s": ("bytes", 1e9)}
+
+# ---- 1. Measuring ------------------------------------------------------------------------------
 
 def interleaved(calls, rounds, machine):
-    """{name: function} -> {name: seconds of each round}, after one call of each to warm up"""
-    seconds = {name: [] for name in calls}
-    for i in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
+    """{name: function} -> {name: seconds of each round}, {name: peak GiB on a GPU}
+
+    A call that does not fit the GPU's memory is left out."""
+    calls, seconds, peak = dict(calls), {name: [] for name in calls}, {}
+    warm_up = 2 if machine.gpu else 1  # compiling, then recording CUDA graphs
+    for i in range(rounds + warm_up):
+        for name, call in list(calls.items()):
             if machine.gpu:
-                torch.cuda.synchronize()
-            if i:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            try:
+                call()
+                if machine.gpu:
+                    torch.cuda.synchronize()
+                    peak[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
+                if i >= warm_up:
+                    seconds[name].append(time.perf_counter() - start)
+            except torch.OutOfMemoryError:
+                del calls[name], seconds[name]
+    return seconds, peak
+
+def measure(section, args, machine):
+    """Show the rows of a section, then ratios: (name, {row: share} over, {row: share}, theory)"""
+    rows, ratios = section(args, machine)
+    rows = rate_rows(args, machine) | rows
+    seconds, peak = interleaved({k: row.call for k, row in rows.items()}, args.rounds, machine)
+
+    def rate(name, field):
+        return getattr(rows[name], field) / median(seconds[name])
+
+    for name, times in seconds.items():
+        facts = {k: rate(name, field) / unit for k, (field, unit) in COLUMNS.items()}
+        share, of = max((rate(name, "flop") / rate("matmul", "flop"), "matmul"),
+                        (rate(name, "bytes") / rate("read", "bytes"), "read"))
+        show(args, row=name, median=median(times), rounds=times, **facts, share=share, of=of,
+             GiB=peak.get(name))
+    for name in rows.keys() - seconds.keys():
+        show(args, note=f"{name}: left out, it does not fit the GPU's memory")
+    for name, over, under, theory in ratios:
+        if over.keys() | under.keys() <= seconds.keys():
+            a, b = (sum(share * np.array(seconds[k]) for k, share in mix.items())
+                    for mix in (over, under))
+            show(args, ratio=name, median=median(a / b), rounds=list(a / b), theory=theory)
+
+def show(args, **facts):
+    """Print a line of JSON, or of the table"""
+    line = json.dumps(facts) if args.json else facts.get("note")
+    if not line:
+        spread = f"({min(facts['rounds']):.4g} to {max(facts['rounds']):.4g})"
+        line = f"{facts.get('row') or facts['ratio']:38}{facts['median']:9.4f} "
+        line += f"{'s' if 'row' in facts else ' '} {spread:22}"
+        line += "".join(f"{facts[k]:9,.4g} {k}" for k in (*COLUMNS, "GiB") if facts.get(k))
+        line += f"{facts['share']:7.1%} of {facts['of']}" if facts.get("share") else ""
+        line += f"theory {facts['theory']:.4f}" if facts.get("theory") else ""
+    print(line, flush=True)
+
+# ---- 2. The rows of each section, and their ratios ---------------------------------------------
+
+def rate_rows(args, machine):
+    """What the machine gives: a large matmul in the dtype of the rest, and a large sum"""
+    side, size = (8192, 2**28) if machine.gpu else (1024, 2**26)
+    a = torch.randn(side, side, device=machine.device, dtype=args.dtype)
+    x = torch.ones(size, device=machine.device)
+    return {"matmul": Row(lambda: [torch.mm(a, a) for _ in range(4)], flop=8 * side**3),
+            "read": Row(lambda: [x.sum() for _ in range(4)], bytes=16 * size)}
 
 def build(args, machine):
-    """-> Config, model and optimizer, as npp.py trains them"""
-    cfg = npp.Config(model=args.size)
-    facts = {"vocab": args.vocab, "grid": args.grid, "classes": range(1000)}
-    return cfg, *npp.build(cfg, facts, machine.device)
+    """-> Config, model, optimizer as npp.py trains them; how many weights each position meets"""
+    cfg, shape = npp.Config(model=args.size), {"vocab": args.vocab, "grid": args.grid}
+    model, optimizer = npp.build(cfg, {**shape, "classes": range(1000)}, machine.device)
+    nn.init.normal_(model.output.weight, std=0.02)  # with zeros any two models would agree
+    return cfg, model, optimizer, npp.cost(args.size, (1,), **shape)[0] / (args.grid**2 + 1)
 
-def train_calls(args, machine):
-    cfg, model, optimizer = build(args, machine)
-    wrapped = torch.compile(model, dynamic=False) if machine.gpu else model
-    batch = (torch.randint(args.vocab, (args.batch, args.grid**2)),
-             torch.randint(1000, (args.batch,)))
-    return {f"train p={p}": lambda p=p: npp.train_step(wrapped, optimizer, batch, p, cfg, machine)
-            for p in (1, 2, 4) if args.grid % p == 0}, args.batch
+def train_rows(args, machine):
+    cfg, model, optimizer, weights = build(args, machine)
+    batch = [torch.randint(args.vocab, (args.batch, args.grid**2)),
+             torch.randint(1000, (args.batch,))]
+    sides, rows, ratios = {"ours": (model, optimizer)}, {}, []
+    if args.peer:
+        official = Official(args, model)
+        sides["official"] = official, torch.optim.AdamW(
+            official.parameters(), cfg.lr, (0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    name, plans = "train {} {} p={}".format, {f"p={p}": {p: 1} for p in (1, 2, 4)}
+    plans["(2,1)"] = {p: (end - first) / 1000 for p, first, end in npp.spans(1000, (2, 1), 0.5)}
+    for how, (side, (net, optimizer)) in itertools.product(args.how, sides.items()):
+        wrapped = torch.compile(net, dynamic=False) if how == "compiled" else net
+        for p in (1, 2, 4):
+            step = partial(npp.train_step, wrapped, optimizer, batch, p, cfg, machine)
+            rows[name(side, how, p)] = Row(step, args.batch,
+                                           flop=6 * weights * args.batch * args.grid**2 / p**2)
+        for plan, shares in plans.items():
+            mix, ours = ({name(s, how, p): x for p, x in shares.items()} for s in (side, "ours"))
+            if plan != "p=1":
+                ratios.append((f"train {side} {how} {plan} / p=1", mix, {name(side, how, 1): 1},
+                               sum(x / p**2 for p, x in shares.items())))
+            if side != "ours":
+                ratios.append((f"train {how} {plan} official / ours", mix, ours, 0))
+    return rows, ratios
 
-def sample_calls(args, machine):
-    _, model, _ = build(args, machine)
-    model.to(torch.bfloat16 if machine.bfloat16 else torch.float32)
-    labels = torch.arange(args.batch, device=machine.device) % 1000
-    return {f"sample cfg_scale={s:g}": lambda s=s: npp.generate(model, labels, cfg_scale=s)
-            for s in (1.0, 2.0)}, args.batch
+def sample_rows(args, machine):
+    _, model, _, weights = build(args, machine)
+    model, length, best = model.to(args.dtype).eval(), args.grid**2, f"ours {args.how[-1]}"
+    draws = {f"ours {x}": partial(npp.generate, model, compile=x == "compiled") for x in args.how}
+    if args.peer:
+        official = Official(args, model).eval()
+        draws |= {f"official {how}": official.sampler(how) for how in args.how}
+    cases = [(best, n, scale) for n in sorted({max(1, args.batch // k) for k in (16, 4, 1)})
+             for scale in (1, 2)] + [(who, args.batch, 2) for who in draws if who != best]
+    rows, name = {}, "sample {} guidance {} {}".format
+    for who, n, scale in cases:  # guidance 2: as many sequences an image
+        labels = torch.arange(n, device=machine.device) % 1000
+        cache = len(model.layers) * model.output.in_features * length * (length + 1) * n * scale
+        rows[name(n, scale, who)] = Row(partial(draws[who], labels, cfg_scale=float(scale)), n,
+                                        n * length, 2 * weights * length * n * scale,
+                                        (weights * length + cache) * args.dtype.itemsize)
+    base = name(args.batch, 2, best)
+    return rows, [(f"{x} / ours", {x: 1}, {base: 1}, 0) for x in rows
+                  if x.startswith(f"sample {args.batch} ") and x != base]
 
-def frechet_calls(args, machine):
+def data_rows(args, machine):
+    data, cfg, steps = npp.Codes("none"), npp.Config(batch=args.batch), itertools.count()
+    n, files, views, length = data.facts["images"], 4096, 10, data.facts["grid"] ** 2
+    path, rng = os.path.join(args.folder, "{}{}.npy").format, generator(0)
+    with open(path("all", ""), "wb+") as f:
+        f.truncate(2 * n * views * length)                                # sparse: takes no disk
+        pages = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    pages.madvise(mmap.MADV_RANDOM)  # else a first touch reads megabytes of nothing ahead
+    data.codes = np.frombuffer(pages, np.uint16).reshape(n, views, length)
+    data.labels = np.zeros(n, np.int64)
+    for i in range(files):
+        np.save(path("codes", i), np.zeros((1, views, length), np.int64))
+        np.save(path("labels", i), np.zeros(1, np.int64))
+
+    def small_files():
+        pairs = [(np.load(path("codes", i))[0, view], np.load(path("labels", i)))
+                 for i, view in rng.integers((files, views), size=(args.batch, 2))]
+        return [torch.from_numpy(np.stack(x)) for x in zip(*pairs)]
+
+    return ({"data in one file": Row(lambda: data.batch(next(steps), cfg), args.batch),
+             "data in small files": Row(small_files, args.batch)},
+            [("data, small files / one", {"data in small files": 1}, {"data in one file": 1}, 0)])
+
+def frechet_rows(args, machine):
     def gaussian(seed, d=2048):  # with a spectrum that falls, as that of real features
         x = generator(seed).standard_normal((2 * d, d)) * np.arange(1, d + 1) ** -0.5
         return x.mean(0) + seed, np.cov(x, rowvar=False)
 
-    (mu1, cov1), (mu2, cov2) = gaussian(0), gaussian(1)
-
-    def ours():
-        return fid.frechet_distance(mu1, cov1, mu2, cov2)
-
-    def scipys():
-        root = np.trace(sqrtm(cov1 @ cov2)).real
+    def scipys(mu1, cov1, mu2, cov2):
+        root = np.trace(scipy.linalg.sqrtm(cov1 @ cov2)).real
         return np.sum((mu1 - mu2) ** 2) + np.trace(cov1 + cov2) - 2 * root
 
-    a, b = ours(), scipys()
-    print(f"frechet distance: {a:.12g}, scipy {b:.12g}, relative difference {abs(a / b - 1):.1e}")
-    return {"frechet": ours, "frechet by scipy": scipys}, 0
+    both = *gaussian(0), *gaussian(1)
+    return ({"frechet": Row(partial(fid.frechet_distance, *both)),
+             "frechet by scipy": Row(partial(scipys, *both))},
+            [("frechet, scipy / ours", {"frechet by scipy": 1}, {"frechet": 1}, 0)])
+
+# ---- 3. The official code ----------------------------------------------------------------------
+
+class Official(nn.Module):
+    """The official model with the weights of `ours`: called with (codes, labels, p) -> its loss"""
+    def __init__(self, args, ours):
+        super().__init__()
+        sys.path.append(args.peer)
+        try:
+            from autoregressive.models import generate, gpt
+        except ImportError as e:
+            raise BadInput(f"{args.peer}: expected the official repository ({brief(e)})") from None
+        size = dict(**npp.SIZES[args.size], vocab_size=args.vocab, block_size=args.grid**2)
+        self.generate, self.model = generate.generate, gpt.Transformer(gpt.ModelArgs(**size))
+        self.model.load_state_dict(ours.state_dict())
+        self.to(ours.output.weight)  # its device and dtype
+        self.rope = {p: gpt.precompute_freqs_cis_2d(args.grid // p, ours.head_dim, 10000, 1).to(
+            ours.output.weight.device) for p in (1, 2, 4)}
+        patchify = gpt.target_patchify  # by F.unfold, which takes integers only when compiled
+        gpt.target_patchify = lambda codes, **how: patchify(codes, **how) if (
+            torch.compiler.is_compiling()) else patchify(codes.double(), **how).long()
+
+    def forward(self, codes, labels, p, loss=True):
+        return self.model(codes, labels, targets=codes, p=p, patch_size=p * p,
+                          freqs_cis=self.rope[p])[loss]  # of (logits, loss)
+
+    def sampler(self, how):
+        model = self.model
+        if how == "compiled":  # as the official script does
+            model = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+        return lambda labels, cfg_scale: self.generate(
+            model, labels, self.model.block_size, cfg_scale=cfg_scale, cfg_interval=-1,
+            temperature=1.0, top_k=0, top_p=1.0, sample_logits=True)
+
+SECTIONS = {"train": train_rows, "sample": sample_rows, "data": data_rows, "frechet": frechet_rows}
 
 @one_line_errors
 def main(argv=None):
     parser = Parser(__doc__)
-    rows = {"train": train_calls, "sample": sample_calls, "frechet": frechet_calls}
     for name, default, text in (
-        ("what", ",".join(rows), "rows, with commas"), ("size", "tiny", "size of the model"),
-        ("batch", 64, "images at once"), ("vocab", 256, "codes"), ("grid", 8, "codes a side"),
-        ("rounds", 5, "rounds"), ("json", False, "a line of JSON for each call"),
+        ("what", ",".join(SECTIONS), "sections, with commas"), ("size", "tiny", "of the model"),
+        ("batch", 64, "images at once"), ("rounds", 5, "rounds"), ("json", False, "lines of JSON"),
+        ("vocab", 0, "codes; 0: 256 for tiny, else 16384"), ("grid", 0, "codes a side; 0: 8 or 16"),
+        ("peer", "", "checkout of the official code"),
     ):
         parser.add_flag(name, default, text)
-    args = parser.parse_args(argv)
-    wrong = [x for x in args.what.split(",") if x not in rows]
-    if wrong or args.size not in npp.SIZES or args.rounds < 1:
-        raise BadInput(f"what {args.what}, size {args.size}, rounds {args.rounds}: expected some "
-                       f"of {', '.join(rows)}; one of {', '.join(npp.SIZES)}; 1 or more")
-    machine = Machine("auto")
+    args, machine = parser.parse_args(argv), Machine("auto")
+    counts = args.batch, args.rounds, args.vocab + 1, args.grid + 1
+    if not (set(args.what.split(",")) <= SECTIONS.keys() and args.size in npp.SIZES
+            and min(counts) > 0 and args.grid % 4 == 0):
+        raise BadInput(f"what {args.what}, size {args.size}, batch {args.batch}, rounds "
+                       f"{args.rounds}, vocab {args.vocab}, grid {args.grid}: expected some of "
+                       f"{', '.join(SECTIONS)}; one of {', '.join(npp.SIZES)}; 1 or more, twice; "
+                       f"0 or more; a multiple of 4")
+    tiny, args.how = args.size == "tiny", ("eager", "compiled")[: 1 + machine.gpu]
+    args.vocab, args.grid = args.vocab or (16384, 256)[tiny], args.grid or (16, 8)[tiny]
+    args.dtype = torch.bfloat16 if machine.gpu else torch.float32
     device = torch.cuda.get_device_name() if machine.gpu else platform.machine() + " CPU"
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, numpy "
-          f"{np.__version__}, size {args.size}, {args.rounds} rounds")
+    show(args, note=f"{device}, {torch.get_num_threads()} threads, Python "
+         f"{platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, scipy "
+         f"{scipy.__version__}; size {args.size}, {args.vocab} codes, grid {args.grid}, batch "
+         f"{args.batch}, {args.dtype}, {args.rounds} rounds")
+    if machine.gpu:  # each batch size is a graph of its own
+        torch._dynamo.config.recompile_limit = 64
     for what in args.what.split(","):
-        calls, images = rows[what](args, machine)
-        first = None
-        for name, seconds in interleaved(calls, args.rounds, machine).items():
-            median = statistics.median(seconds)
-            first = first or median
-            if args.json:
-                print(json.dumps({"what": name, "seconds": seconds, "ratio": median / first}))
-                continue
-            rate = f"{images / median:9.1f} images/s" if images else ""
-            print(f"{name:20} {median:9.4f} s  ({min(seconds):.4f} to {max(seconds):.4f})  "
-                  f"{median / first:6.3f} of the first  {rate}")
+        with tempfile.TemporaryDirectory() as args.folder:
+            measure(SECTIONS[what], args, machine)
     return 0
 
 if __name__ == "__main__":
