@@ -4,16 +4,15 @@
     python bench.py --size B --batch 128 --what train,sample --json --peer CLONE      # for a GPU
 
     train    a step at p = 1, 2, 4; as a ratio also the mean step of (2,1), by npp.spans' shares
-    sample   npp.generate without and with guidance, by batch
-    data     npp.Codes.batch from a memory map of ImageNet's shape, beside one .npy an image, as
-             LlamaGen stores them: one thread, nothing read from the disk
+    sample   npp.generate by batch, without and with guidance
+    data     npp.Codes.batch on ImageNet's shape, beside LlamaGen's small files; all in memory
     frechet  the distance of two full-rank Gaussians in 2048 dimensions, beside scipy
 
-A GPU runs bfloat16 (training: autocast), eager and compiled; a CPU runs float32. --peer, a checkout
-of PKU-YuanGroup/Next-Patch-Prediction, adds its model, with our weights, in our training step, and
-its generate. Times are medians (smallest to largest) over rounds of interleaved calls (a, b, a, b)
-after a warm-up; ratios are taken within each round. "matmul" and "read" are what the machine gives,
-"share" the larger part of it (of matmul in training: model-FLOP utilisation) that a row uses of
+A GPU runs bfloat16 (training: autocast), eager and compiled; a CPU float32. --peer, a checkout of
+PKU-YuanGroup/Next-Patch-Prediction, adds its model, with our weights, in our training step, and its
+generate. Times are medians (smallest to largest) over rounds of interleaved calls (a, b, a, b),
+after a warm-up; ratios are taken within each round. "matmul" and "read" are what the machine gives;
+"of" them, the larger share that a row uses (of matmul in training: model-FLOP utilisation) of
     TFLOP  2 for each weight of linear layers and head at each of the N/K positions, three times
            that in a training step; without attention scores, as in npp.cost
     GB     those weights and the filled KV cache, read for each of N positions drawn
@@ -23,7 +22,6 @@ import itertools
 import json
 import mmap
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -42,15 +40,10 @@ from common import BadInput, Machine, Parser, brief, generator, one_line_errors
 
 # A call to time: the images it makes or takes, the codes it draws, what it must do and read
 Row = namedtuple("Row", "call images codes flop bytes", defaults=(0, 0, 0, 0))
-COLUMNS = {"images/s": ("images", 1), "codes/s": ("codes", 1), "TFLOP/s": ("flop", 1e12),
-           "GB/s": ("bytes", 1e9)}
-
-# ---- 1. Measuring ------------------------------------------------------------------------------
+COLUMNS = {"images/s": 1, "codes/s": 1, "TFLOP/s": 1e12, "GB/s": 1e9}
 
 def interleaved(calls, rounds, machine):
-    """{name: function} -> {name: seconds of each round}, {name: peak GiB on a GPU}
-
-    A call that does not fit the GPU's memory is left out."""
+    """{name: call} -> {name: seconds of each round}, {name: GiB}, without what a GPU cannot hold"""
     calls, seconds, peak = dict(calls), {name: [] for name in calls}, {}
     warm_up = 2 if machine.gpu else 1  # compiling, then recording CUDA graphs
     for i in range(rounds + warm_up):
@@ -75,16 +68,13 @@ def measure(section, args, machine):
     rows, ratios = section(args, machine)
     rows = rate_rows(args, machine) | rows
     seconds, peak = interleaved({k: row.call for k, row in rows.items()}, args.rounds, machine)
-
-    def rate(name, field):
-        return getattr(rows[name], field) / median(seconds[name])
-
+    rates = {name: {column: x / unit / median(times) for x, (column, unit)
+                    in zip(rows[name][1:], COLUMNS.items())} for name, times in seconds.items()}
     for name, times in seconds.items():
-        facts = {k: rate(name, field) / unit for k, (field, unit) in COLUMNS.items()}
-        share, of = max((rate(name, "flop") / rate("matmul", "flop"), "matmul"),
-                        (rate(name, "bytes") / rate("read", "bytes"), "read"))
-        show(args, row=name, median=median(times), rounds=times, **facts, share=share, of=of,
-             GiB=peak.get(name))
+        share, of = max((rates[name][column] / rates[best][column], best)
+                        for best, column in (("matmul", "TFLOP/s"), ("read", "GB/s")))
+        show(args, row=name, median=median(times), rounds=times, **rates[name],
+             GiB=peak.get(name), share=share, of=of)
     for name in rows.keys() - seconds.keys():
         show(args, note=f"{name}: left out, it does not fit the GPU's memory")
     for name, over, under, theory in ratios:
@@ -97,15 +87,13 @@ def show(args, **facts):
     """Print a line of JSON, or of the table"""
     line = json.dumps(facts) if args.json else facts.get("note")
     if not line:
-        spread = f"({min(facts['rounds']):.4g} to {max(facts['rounds']):.4g})"
-        line = f"{facts.get('row') or facts['ratio']:38}{facts['median']:9.4f} "
-        line += f"{'s' if 'row' in facts else ' '} {spread:22}"
-        line += "".join(f"{facts[k]:9,.4g} {k}" for k in (*COLUMNS, "GiB") if facts.get(k))
+        low, high, unit = min(facts["rounds"]), max(facts["rounds"]), " s"["row" in facts]
+        line = f"{facts.get('row') or facts['ratio']:42}{facts['median']:9.4f} {unit} "
+        line += f"{f'({low:.4g} to {high:.4g})':22}"
+        line += "".join(f"{facts[k]:10,.4g} {k}" for k in (*COLUMNS, "GiB") if facts.get(k))
         line += f"{facts['share']:7.1%} of {facts['of']}" if facts.get("share") else ""
-        line += f"theory {facts['theory']:.4f}" if facts.get("theory") else ""
-    print(line, flush=True)
-
-# ---- 2. The rows of each section, and their ratios ---------------------------------------------
+        line += f"{facts['theory']:9.4f} in theory" if facts.get("theory") else ""
+    print(line.rstrip(), flush=True)
 
 def rate_rows(args, machine):
     """What the machine gives: a large matmul in the dtype of the rest, and a large sum"""
@@ -124,13 +112,11 @@ def build(args, machine):
 
 def train_rows(args, machine):
     cfg, model, optimizer, weights = build(args, machine)
-    batch = [torch.randint(args.vocab, (args.batch, args.grid**2)),
-             torch.randint(1000, (args.batch,))]
+    batch = torch.randint(args.vocab, (args.batch, args.grid**2)), torch.arange(args.batch) % 1000
     sides, rows, ratios = {"ours": (model, optimizer)}, {}, []
     if args.peer:
         official = Official(args, model)
-        sides["official"] = official, torch.optim.AdamW(
-            official.parameters(), cfg.lr, (0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+        sides["official"] = official, torch.optim.AdamW(official.parameters(), cfg.lr, fused=True)
     name, plans = "train {} {} p={}".format, {f"p={p}": {p: 1} for p in (1, 2, 4)}
     plans["(2,1)"] = {p: (end - first) / 1000 for p, first, end in npp.spans(1000, (2, 1), 0.5)}
     for how, (side, (net, optimizer)) in itertools.product(args.how, sides.items()):
@@ -145,7 +131,7 @@ def train_rows(args, machine):
                 ratios.append((f"train {side} {how} {plan} / p=1", mix, {name(side, how, 1): 1},
                                sum(x / p**2 for p, x in shares.items())))
             if side != "ours":
-                ratios.append((f"train {how} {plan} official / ours", mix, ours, 0))
+                ratios.append((f"train {how} {plan} official / ours", mix, ours, None))
     return rows, ratios
 
 def sample_rows(args, machine):
@@ -154,7 +140,9 @@ def sample_rows(args, machine):
     draws = {f"ours {x}": partial(npp.generate, model, compile=x == "compiled") for x in args.how}
     if args.peer:
         official = Official(args, model).eval()
-        draws |= {f"official {how}": official.sampler(how) for how in args.how}
+        fast = torch.compile(official.model, mode="reduce-overhead", fullgraph=True)  # as in theirs
+        draws |= {f"official {how}": partial(official.generate, net, max_new_tokens=length)
+                  for how, net in zip(args.how, (official.model, fast))}
     cases = [(best, n, scale) for n in sorted({max(1, args.batch // k) for k in (16, 4, 1)})
              for scale in (1, 2)] + [(who, args.batch, 2) for who in draws if who != best]
     rows, name = {}, "sample {} guidance {} {}".format
@@ -165,7 +153,7 @@ def sample_rows(args, machine):
                                         n * length, 2 * weights * length * n * scale,
                                         (weights * length + cache) * args.dtype.itemsize)
     base = name(args.batch, 2, best)
-    return rows, [(f"{x} / ours", {x: 1}, {base: 1}, 0) for x in rows
+    return rows, [(f"{x} / ours", {x: 1}, {base: 1}, None) for x in rows
                   if x.startswith(f"sample {args.batch} ") and x != base]
 
 def data_rows(args, machine):
@@ -176,8 +164,7 @@ def data_rows(args, machine):
         f.truncate(2 * n * views * length)                                # sparse: takes no disk
         pages = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     pages.madvise(mmap.MADV_RANDOM)  # else a first touch reads megabytes of nothing ahead
-    data.codes = np.frombuffer(pages, np.uint16).reshape(n, views, length)
-    data.labels = np.zeros(n, np.int64)
+    data.codes, data.labels = np.ndarray((n, views, length), np.uint16, pages), np.zeros(n, int)
     for i in range(files):
         np.save(path("codes", i), np.zeros((1, views, length), np.int64))
         np.save(path("labels", i), np.zeros(1, np.int64))
@@ -188,8 +175,8 @@ def data_rows(args, machine):
         return [torch.from_numpy(np.stack(x)) for x in zip(*pairs)]
 
     return ({"data in one file": Row(lambda: data.batch(next(steps), cfg), args.batch),
-             "data in small files": Row(small_files, args.batch)},
-            [("data, small files / one", {"data in small files": 1}, {"data in one file": 1}, 0)])
+             "data in many files": Row(small_files, args.batch)},
+            [("data, many files / one", {"data in many files": 1}, {"data in one file": 1}, None)])
 
 def frechet_rows(args, machine):
     def gaussian(seed, d=2048):  # with a spectrum that falls, as that of real features
@@ -197,15 +184,13 @@ def frechet_rows(args, machine):
         return x.mean(0) + seed, np.cov(x, rowvar=False)
 
     def scipys(mu1, cov1, mu2, cov2):
-        root = np.trace(scipy.linalg.sqrtm(cov1 @ cov2)).real
-        return np.sum((mu1 - mu2) ** 2) + np.trace(cov1 + cov2) - 2 * root
+        root = scipy.linalg.sqrtm(cov1 @ cov2).real
+        return np.sum((mu1 - mu2) ** 2) + np.trace(cov1 + cov2 - 2 * root)
 
     both = *gaussian(0), *gaussian(1)
     return ({"frechet": Row(partial(fid.frechet_distance, *both)),
              "frechet by scipy": Row(partial(scipys, *both))},
-            [("frechet, scipy / ours", {"frechet by scipy": 1}, {"frechet": 1}, 0)])
-
-# ---- 3. The official code ----------------------------------------------------------------------
+            [("frechet, scipy / ours", {"frechet by scipy": 1}, {"frechet": 1}, None)])
 
 class Official(nn.Module):
     """The official model with the weights of `ours`: called with (codes, labels, p) -> its loss"""
@@ -218,8 +203,7 @@ class Official(nn.Module):
             raise BadInput(f"{args.peer}: expected the official repository ({brief(e)})") from None
         size = dict(**npp.SIZES[args.size], vocab_size=args.vocab, block_size=args.grid**2)
         self.generate, self.model = generate.generate, gpt.Transformer(gpt.ModelArgs(**size))
-        self.model.load_state_dict(ours.state_dict())
-        self.to(ours.output.weight)  # its device and dtype
+        self.to(ours.output.weight).model.load_state_dict(ours.state_dict())
         self.rope = {p: gpt.precompute_freqs_cis_2d(args.grid // p, ours.head_dim, 10000, 1).to(
             ours.output.weight.device) for p in (1, 2, 4)}
         patchify = gpt.target_patchify  # by F.unfold, which takes integers only when compiled
@@ -229,14 +213,6 @@ class Official(nn.Module):
     def forward(self, codes, labels, p, loss=True):
         return self.model(codes, labels, targets=codes, p=p, patch_size=p * p,
                           freqs_cis=self.rope[p])[loss]  # of (logits, loss)
-
-    def sampler(self, how):
-        model = self.model
-        if how == "compiled":  # as the official script does
-            model = torch.compile(model, mode="reduce-overhead", fullgraph=True)
-        return lambda labels, cfg_scale: self.generate(
-            model, labels, self.model.block_size, cfg_scale=cfg_scale, cfg_interval=-1,
-            temperature=1.0, top_k=0, top_p=1.0, sample_logits=True)
 
 SECTIONS = {"train": train_rows, "sample": sample_rows, "data": data_rows, "frechet": frechet_rows}
 
@@ -251,21 +227,18 @@ def main(argv=None):
     ):
         parser.add_flag(name, default, text)
     args, machine = parser.parse_args(argv), Machine("auto")
-    counts = args.batch, args.rounds, args.vocab + 1, args.grid + 1
     if not (set(args.what.split(",")) <= SECTIONS.keys() and args.size in npp.SIZES
-            and min(counts) > 0 and args.grid % 4 == 0):
-        raise BadInput(f"what {args.what}, size {args.size}, batch {args.batch}, rounds "
-                       f"{args.rounds}, vocab {args.vocab}, grid {args.grid}: expected some of "
-                       f"{', '.join(SECTIONS)}; one of {', '.join(npp.SIZES)}; 1 or more, twice; "
-                       f"0 or more; a multiple of 4")
+            and min(args.batch, args.rounds, args.vocab + 1, args.grid + 1) > 0 == args.grid % 4):
+        raise BadInput(f"{vars(args)}: expected what of {', '.join(SECTIONS)}; a size of "
+                       f"{', '.join(npp.SIZES)}; batch and rounds 1 or more, vocab 0 or more, "
+                       "grid a multiple of 4")
     tiny, args.how = args.size == "tiny", ("eager", "compiled")[: 1 + machine.gpu]
     args.vocab, args.grid = args.vocab or (16384, 256)[tiny], args.grid or (16, 8)[tiny]
     args.dtype = torch.bfloat16 if machine.gpu else torch.float32
-    device = torch.cuda.get_device_name() if machine.gpu else platform.machine() + " CPU"
-    show(args, note=f"{device}, {torch.get_num_threads()} threads, Python "
-         f"{platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, scipy "
-         f"{scipy.__version__}; size {args.size}, {args.vocab} codes, grid {args.grid}, batch "
-         f"{args.batch}, {args.dtype}, {args.rounds} rounds")
+    device = torch.cuda.get_device_name() if machine.gpu else f"{os.uname().machine} CPU"
+    versions = {"python": sys.version.split()[0], **{x.__name__: x.__version__
+                                                     for x in (torch, np, scipy)}}
+    show(args, note=f"{device}, {torch.get_num_threads()} threads, {versions}, {vars(args)}")
     if machine.gpu:  # each batch size is a graph of its own
         torch._dynamo.config.recompile_limit = 64
     for what in args.what.split(","):

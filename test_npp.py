@@ -1120,14 +1120,63 @@ def test_unusable_samples_are_named_in_one_line(small, tmp_path, capsys, kind, w
         path.write_bytes(whole.replace(whole[1000:3000], b""))
     assert why in bad([str(path), str(small / "reference.npz")], capsys)
 
-def test_bench_times_steps_and_refuses_what_it_does_not_know(capsys):
-    arguments = flags(what="train,sample", rounds=1, batch=2, grid=4)
-    assert bench.main([*arguments, "--json"]) == 0
-    rows = [json.loads(x) for x in capsys.readouterr().out.splitlines()[1:]]
-    assert [r["what"] for r in rows] == ["train p=1", "train p=2", "train p=4",
-                                         "sample cfg_scale=1", "sample cfg_scale=2"]
-    assert all(len(r["seconds"]) == 1 and r["seconds"][0] > 0 for r in rows)
-    refuses(capsys, flags(what="nothing"), "what nothing", main=bench.main)
+def bench_lines(capsys, **values):
+    """-> {name: line} of the rows, and of the ratios"""
+    assert bench.main([*flags(rounds=2, batch=2, grid=4, **values), "--json"]) == 0
+    lines = [json.loads(x) for x in capsys.readouterr().out.splitlines()]
+    for line in lines[1:]:
+        assert len(line["rounds"]) == 2 and min(line["rounds"]) > 0
+        assert min(line["rounds"]) <= line["median"] <= max(line["rounds"])
+    return [{x[kind]: x for x in lines if kind in x} for kind in ("row", "ratio")]
+
+def test_bench_times_training_by_patch_size_and_by_schedule(capsys):
+    rows, ratios = bench_lines(capsys, what="train")
+    assert list(rows)[:2] == ["matmul", "read"] and rows["matmul"]["share"] == 1
+    assert list(rows)[2:5] == [f"train ours eager p={p}" for p in (1, 2, 4)]
+    work = [x["TFLOP/s"] * x["median"] for x in list(rows.values())[2:5]]
+    assert work == pytest.approx([work[0], work[0] / 4, work[0] / 16])
+    assert {k.removeprefix("train ours eager "): x["theory"] for k, x in ratios.items()
+            if "ours eager" in k} == {"p=2 / p=1": 1 / 4, "p=4 / p=1": 1 / 16, "(2,1) / p=1": 0.625}
+    one, two = (np.array(rows[f"train ours eager p={p}"]["rounds"]) for p in (1, 2))
+    assert ratios["train ours eager (2,1) / p=1"]["rounds"] == pytest.approx((one + two) / 2 / one)
+
+def test_bench_times_sampling_and_the_data_pipeline(capsys):
+    rows, ratios = bench_lines(capsys, what="sample,data")
+    for row in (f"sample {n} guidance {scale} ours eager" for n in (1, 2) for scale in (1, 2)):
+        facts = rows[row]
+        assert facts["codes/s"] == pytest.approx(16 * facts["images/s"]) and facts["images/s"] > 0
+        assert facts["of"] in ("matmul", "read") and 0 < facts["share"] < math.inf
+    assert rows["data in one file"]["images/s"] > 0 and rows["data in many files"]["images/s"] > 0
+    assert list(ratios) == ["sample 2 guidance 1 ours eager / ours", "data, many files / one"]
+
+@pytest.mark.parametrize("values, word", [
+    ({"what": "nothing"}, "'what': 'nothing'"), ({"size": "M"}, "'size': 'M'"),
+    ({"rounds": 0}, "'rounds': 0"), ({"batch": 0}, "'batch': 0"), ({"grid": 6}, "'grid': 6"),
+    ({"vocab": -1}, "'vocab': -1"), ({"peer": "nowhere", "what": "train"}, "nowhere: expected"),
+])
+def test_bench_refuses_what_it_cannot_time(capsys, values, word):
+    assert bench.main(flags(**values)) == 2
+    message = capsys.readouterr().err
+    assert word in message and message.count("\n") == 1
+
+@pytest.mark.skipif("NPP_PEER" not in os.environ, reason="NPP_PEER names no official checkout")
+def test_bench_times_the_official_model_with_our_weights(capsys):
+    size, shape = npp.SIZES["tiny"], {"vocab": 256, "grid": 4}
+    ours = npp.Transformer(**size, classes=1000, **shape).eval()
+    torch.nn.init.normal_(ours.output.weight, std=0.3)
+    args = argparse.Namespace(peer=os.environ["NPP_PEER"], size="tiny", **shape)
+    official, codes, labels = bench.Official(args, ours), torch.randint(256, (2, 16)), [3, 7]
+    for module in official.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    official.model.cls_embedding.dropout_prob = 0.0
+    for p in PATCH_EDGES:
+        loss = ours.loss(codes, torch.tensor(labels), p)
+        assert official(codes, torch.tensor(labels), p).item() == pytest.approx(loss.item(), 1e-5)
+    rows, ratios = bench_lines(capsys, what="train,sample", peer=args.peer)
+    assert {f"train official eager p={p}" for p in PATCH_EDGES} < rows.keys()
+    assert "sample 2 guidance 2 official eager" in rows
+    assert "train eager (2,1) official / ours" in ratios
 
 @pytest.mark.parametrize("argv", [[], ["a"], ["a", "b", "--jsn"], ["a", "b", "--js"]])
 def test_a_wrong_command_line_is_one_line(argv, capsys):
