@@ -5,14 +5,15 @@
 
     train    a step at p = 1, 2, 4; as a ratio also the mean step of (2,1), by npp.spans' shares
     sample   npp.generate by batch, without and with guidance
-    data     npp.Codes.batch on ImageNet's shape, beside LlamaGen's small files; all in memory
+    data     npp.Codes.batch of ImageNet's shape, beside LlamaGen's small files; none from disk
     frechet  the distance of two full-rank Gaussians in 2048 dimensions, beside scipy
 
 A GPU runs bfloat16 (training: autocast), eager and compiled; a CPU float32. --peer, a checkout of
-PKU-YuanGroup/Next-Patch-Prediction, adds its model, with our weights, in our training step, and its
-generate. Times are medians (smallest to largest) over rounds of interleaved calls (a, b, a, b),
-after a warm-up; ratios are taken within each round. "matmul" and "read" are what the machine gives;
-"of" them, the larger share that a row uses (of matmul in training: model-FLOP utilisation) of
+PKU-YuanGroup/Next-Patch-Prediction, adds its model with our weights: in our training step (eager,
+its F.unfold of int64 codes fails and goes through float64 here), and its generate. Times: median
+(smallest to largest) over rounds of interleaved calls (a, b, a, b), after a warm-up; ratios within
+each round. "matmul" and "read" are what the machine gives; "of" them, the larger share that a row
+uses (of matmul in training: model-FLOP utilisation), counting
     TFLOP  2 for each weight of linear layers and head at each of the N/K positions, three times
            that in a training step; without attention scores, as in npp.cost
     GB     those weights and the filled KV cache, read for each of N positions drawn
@@ -153,7 +154,7 @@ def sample_rows(args, machine):
                                         n * length, 2 * weights * length * n * scale,
                                         (weights * length + cache) * args.dtype.itemsize)
     base = name(args.batch, 2, best)
-    return rows, [(f"{x} / ours", {x: 1}, {base: 1}, None) for x in rows
+    return rows, [(f"{x} / 2 {best}", {x: 1}, {base: 1}, None) for x in rows
                   if x.startswith(f"sample {args.batch} ") and x != base]
 
 def data_rows(args, machine):
@@ -206,7 +207,7 @@ class Official(nn.Module):
         self.to(ours.output.weight).model.load_state_dict(ours.state_dict())
         self.rope = {p: gpt.precompute_freqs_cis_2d(args.grid // p, ours.head_dim, 10000, 1).to(
             ours.output.weight.device) for p in (1, 2, 4)}
-        patchify = gpt.target_patchify  # by F.unfold, which takes integers only when compiled
+        patchify = gpt.target_patchify
         gpt.target_patchify = lambda codes, **how: patchify(codes, **how) if (
             torch.compiler.is_compiling()) else patchify(codes.double(), **how).long()
 
@@ -236,8 +237,7 @@ def main(argv=None):
     args.vocab, args.grid = args.vocab or (16384, 256)[tiny], args.grid or (16, 8)[tiny]
     args.dtype = torch.bfloat16 if machine.gpu else torch.float32
     device = torch.cuda.get_device_name() if machine.gpu else f"{os.uname().machine} CPU"
-    versions = {"python": sys.version.split()[0], **{x.__name__: x.__version__
-                                                     for x in (torch, np, scipy)}}
+    versions = ", ".join(f"{x.__name__} {x.__version__}" for x in (torch, np, scipy))
     show(args, note=f"{device}, {torch.get_num_threads()} threads, {versions}, {vars(args)}")
     if machine.gpu:  # each batch size is a graph of its own
         torch._dynamo.config.recompile_limit = 64
