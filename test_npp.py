@@ -35,6 +35,8 @@ PATCH_EDGES = (1, 2, 4)
 # of random_inception(): its outputs "2048" and "logits_unbiased", and the first 7 channels of
 # Mixed_6d.branch1x1 as NHWC. `names` and `shapes` are those of its state dict.
 INCEPTION = os.path.join(HERE, "data", "golden", "inception_random.npz")
+# What LlamaGen's VQModel makes of images, with the weights of random_vq(): data/golden/README.md
+VQ = os.path.join(HERE, "data", "golden", "vq_random.npz")
 
 # ---- helpers ----------------------------------------------------------------------------------
 
@@ -770,6 +772,385 @@ def test_bad_arguments_of_the_tokenizer_are_named(tmp_path, capsys, monkeypatch,
     tokenizer.save_tokenizer("t.pt", tokenizer.VQModel(32, 8, 32, (1, 1, 1), 32))
     refuses(capsys, arguments, word, main=tokenizer.main)
     assert not os.path.exists("x")
+
+# ---- 9b. the tokenizer at full size ------------------------------------------------------------
+
+@functools.cache
+def random_vq(name):
+    """A state dict in the official layout with seeded weights that keep the activations near 1"""
+    state, golden = {}, np.load(VQ)
+    for i, (key, shape) in enumerate(zip(golden[f"{name}_names"], golden[f"{name}_shapes"])):
+        x = generator(0, i).standard_normal(shape[shape > 0], dtype=np.float32)
+        if x.ndim == 4:
+            x = x * np.float32(np.prod(x.shape[1:]) ** -0.5)
+        elif not key.startswith("quantize"):
+            x = 0.1 * x + ("norm" in key and key.endswith("weight"))
+        state[str(key)] = torch.from_numpy(x)
+    return state
+
+@pytest.mark.parametrize("name, factor, sizes", [("vq16", 16, (64, 96)), ("vq8", 8, (64,))])
+def test_published_tokenizers_give_the_official_codes_and_images(tmp_path, name, factor, sizes):
+    path = str(tmp_path / "official.pt")
+    torch.save({"model": random_vq(name)}, path)
+    model = tokenizer.load_tokenizer(path)
+    os.remove(path)  # 0.3 GB
+    golden = np.load(VQ)
+    assert {*model.state_dict(), "quantize.codebook_used"} == set(golden[f"{name}_names"])
+    assert model.factor == factor
+    for size in sizes:
+        codes = model.encode(common.from_uint8(random_images(2, seed=1, size=size)))
+        assert np.array_equal(codes.numpy(), golden[f"{name}_codes_{size}"])
+        images = model.decode(codes)
+        assert images.shape == (2, 3, size, size)
+        official = torch.from_numpy(golden[f"{name}_images_{size}"])
+        assert relative(images[..., ::3, ::3], official) < 1e-5
+
+def test_a_tokenizer_that_lacks_a_weight_is_refused(tmp_path, capsys):
+    path, state = str(tmp_path / "t.pt"), tokenizer.VQModel(32, 8, 32, (1, 1, 1), 32).state_dict()
+    for change in ({"decoder.mid.1.norm.bias": None}, {"extra.weight": torch.zeros(1)}):
+        changed = {k: v for k, v in {**state, **change}.items() if v is not None}
+        torch.save({"model": changed}, path)
+        with pytest.raises(common.BadInput, match=next(iter(change))):
+            tokenizer.load_tokenizer(path)
+
+@pytest.fixture(scope="module")
+def small_tokenizer(tmp_path_factory):
+    """A file of a random VQModel that tells images apart: 32 codes, 4 pixels each"""
+    torch.manual_seed(0)
+    path = str(tmp_path_factory.mktemp("tokenizer") / "small.pt")
+    tokenizer.save_tokenizer(path, tokenizer.VQModel(32, 8, 32, (1, 1, 1), 32))
+    return path
+
+def class_folder(folder, images, names="ab"):
+    for i, image in enumerate(images):
+        path = folder / names[i * len(names) // len(images)] / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return str(folder)
+
+def encoding(images, out, small_tokenizer, **values):
+    return ["encode", str(images), str(out),
+            *flags(**{"tokenizer": small_tokenizer, "image_size": 16, **values})]
+
+def files(folder):
+    """name -> bytes of every file below a folder"""
+    return {os.path.relpath(os.path.join(where, name), folder): open(
+        os.path.join(where, name), "rb").read() for where, _, names in os.walk(folder)
+        for name in names}
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp", "gray", "cmyk", "palette", "16-bit", "16-bit I",
+                                  "alpha", "gray alpha", "palette alpha", "keyed", "1-bit"])
+def test_images_of_every_kind_give_the_expected_pixels(tmp_path, kind):
+    colour = random_images(1, seed=5, size=16)[0]
+    gray = colour[..., 0]
+    alpha = np.where(np.arange(16) < 8, 255, 0).astype(np.uint8)[None].repeat(16, 0)
+    on_white = np.where(alpha[..., None] > 0, colour, 255)
+    as_rgb = np.stack([gray] * 3, -1)
+    picture, expected, options, tolerance = {
+        "jpeg": (Image.fromarray(colour), colour,
+                 dict(format="JPEG", quality=100, subsampling=0), 5),
+        "webp": (Image.fromarray(colour), colour, dict(format="WEBP", lossless=True), 0),
+        "gray": (Image.fromarray(gray), as_rgb, {}, 0),
+        "cmyk": (Image.fromarray(colour).convert("CMYK"), colour,
+                 dict(format="JPEG", quality=100, subsampling=0), 5),
+        "palette": (Image.fromarray(gray).convert("P"), as_rgb, {}, 0),
+        "16-bit": (Image.fromarray(gray.astype(np.uint16) * 257), as_rgb, {}, 0),
+        "16-bit I": (Image.fromarray(gray.astype(np.int32) * 257), as_rgb, dict(format="TIFF"), 0),
+        "alpha": (Image.fromarray(np.dstack([colour, alpha])), on_white, {}, 0),
+        "gray alpha": (Image.fromarray(np.dstack([gray, alpha])),
+                       np.where(alpha[..., None] > 0, as_rgb, 255), {}, 0),
+        "palette alpha": (Image.fromarray(gray).convert("P"),
+                          np.where(as_rgb == gray[0, 0], 255, as_rgb),
+                          dict(transparency=int(gray[0, 0])), 0),
+        "keyed": (Image.fromarray(colour),
+                  np.where((colour == colour[0, 0]).all(-1)[..., None], 255, colour),
+                  dict(transparency=tuple(colour[0, 0].tolist())), 0),
+        "1-bit": (Image.fromarray(gray > 127), np.where(as_rgb > 127, 255, 0), {}, 0),
+    }[kind]
+    (tmp_path / "a" / "deeper").mkdir(parents=True)
+    picture.save(tmp_path / "a" / "deeper" / "x", **{"format": "PNG", **options})
+    (pixels,) = tokenizer.Images(str(tmp_path), 16)[0]
+    assert pixels.dtype == np.uint8 and pixels.shape == (16, 16, 3)
+    assert np.abs(pixels.astype(int) - expected).max() <= tolerance
+
+def test_class_folders_are_read_in_the_order_of_imagefolder(tmp_path, capsys):
+    names = ["b/2.png", "b/10.png", "a/z/1.png", "a/y/3.png", "a/1.png", "a/.hidden", "top.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "c").mkdir()
+    data = tokenizer.Images(str(tmp_path), 8)
+    assert data.items.tolist() == [b"a/1.png", b"a/y/3.png", b"a/z/1.png", b"b/10.png", b"b/2.png"]
+    assert data.labels.tolist() == [0, 0, 0, 1, 1] and data.classes == ["a", "b", "c"]
+    assert "top.txt" in capsys.readouterr().err
+
+@pytest.mark.parametrize("size, scale", [(16, 1.1), (20, 1.25), (16, 1.5)])
+def test_ten_crops_are_those_of_torchvision(size, scale):
+    image = random_images(1, seed=2, size=64)[0]
+    (whole,) = common.from_uint8(np.stack([tokenizer.center_crop(
+        Image.fromarray(image), int(size * scale))]))
+    side = whole.shape[-1]
+    expected = []
+    for flipped in (False, True):
+        x = whole.flip(-1) if flipped else whole
+        middle = int(round((side - size) / 2))
+        for top, left in ((0, 0), (0, side - size), (side - size, 0), (side - size, side - size),
+                          (middle, middle)):
+            expected.append(x[:, top : top + size, left : left + size])
+    for view, right in zip(tokenizer.crops(whole[None], size, "ten_crop"), expected, strict=True):
+        assert torch.equal(view[0], right)
+
+def test_views_of_two_scales_are_encoded_one_after_the_other(tmp_path, small_tokenizer):
+    images = random_images(3, seed=3, size=64)
+    np.savez(tmp_path / "x.npz", arr_0=images, labels=np.arange(3))
+    out = tmp_path / "data"
+    assert tokenizer.main(encoding(tmp_path / "x.npz", out, small_tokenizer, views="ten_crop",
+                                   scales="1.5,1.25")) == 0
+    codes, model = np.load(out / "codes.npy"), tokenizer.load_tokenizer(small_tokenizer)
+    assert codes.shape == (3, 20, 16)
+    for i, scale in enumerate((1.5, 1.25)):
+        base = np.stack([tokenizer.center_crop(Image.fromarray(x), int(16 * scale))
+                         for x in images])
+        for j, view in enumerate(tokenizer.crops(common.from_uint8(base), 16, "ten_crop")):
+            assert np.array_equal(model.encode(view).flatten(1), codes[:, 10 * i + j])
+    assert len(np.unique(codes[0], axis=0)) > 10  # the views do differ
+    assert tokenizer.main(encoding(tmp_path / "x.npz", out, small_tokenizer, split="val")) == 0
+    assert npp.Codes(str(out)).val[0].shape == (3, 16)
+
+def test_a_killed_encoding_goes_on_with_two_ranks_to_the_same_files(tmp_path, small_tokenizer,
+                                                                    capfd):
+    images = class_folder(tmp_path / "images", random_images(200, seed=4))
+    for name in ("a/007.png", "b/150.png"):
+        (tmp_path / "images" / name).write_text("no picture")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert tokenizer.main(encoding(images, whole, small_tokenizer)) == 2
+    command = [sys.executable, os.path.join(HERE, "tokenizer.py"),
+               *encoding(images, killed, small_tokenizer)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    status = killed / "codes.part" / "status"
+    while process.poll() is None:
+        if status.exists() and 1 in status.read_bytes():
+            process.kill()
+    assert process.wait() == -signal.SIGKILL and 0 in status.read_bytes()
+    with pytest.raises(common.BadInput):
+        npp.Codes(str(killed))
+    capfd.readouterr()
+    ranks = two_ranks(command)
+    assert [process.wait(60) for process in ranks] == [2, 0]
+    err = capfd.readouterr().err
+    assert err.count("unreadable image") == 2 and "007.png" in err and "150.png" in err
+    assert files(killed) == files(whole)
+    assert np.load(whole / "codes.npy").shape == (198, 2, 16)
+    assert np.bincount(np.load(whole / "labels.npy")).tolist() == [99, 99]
+
+def two_ranks(command):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [subprocess.Popen(command, env={
+        **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1"}) for rank in (0, 1)]
+
+KILLER = """
+import os, shutil, signal, sys
+import torch, npp, tokenizer
+from common import BadInput
+
+def run(command, out, kill_at):  # in a child, which dies at the n-th change of the disk
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    torch.set_num_threads(1)
+    left = [kill_at]
+    def deadly(change):
+        def changed(*arguments):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(*arguments)
+        return changed
+    for name in ("replace", "remove"):
+        setattr(os, name, deadly(getattr(os, name)))
+    os._exit(tokenizer.main([x.replace("OUT", out) for x in command]))
+
+def read(folder):
+    with os.scandir(folder) as entries:
+        return {e.name: open(e.path, "rb").read() for e in entries if e.is_file()}
+
+old, new, out, *command = sys.argv[1:]
+old_files, new_files, kill_at, died = read(old), read(new), 1, True
+while died:
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(old, out)
+    died = run(command, out, kill_at) != 0
+    try:
+        npp.Codes(out)
+        now = {k: v for k, v in read(out).items() if k in new_files}
+        assert now in ({k: old_files[k] for k in new_files}, new_files), kill_at
+    except BadInput:
+        assert died, kill_at
+    if died:
+        assert run(command, out, 0) == 0
+    assert read(out) == new_files, (kill_at, read(out).keys())
+    kill_at += 1
+print(kill_at)
+"""
+
+def test_no_kill_leaves_a_mix_of_two_encodings(tmp_path, small_tokenizer):
+    for name, seed in ("old", 6), ("new", 7):
+        np.savez(tmp_path / f"{name}.npz", arr_0=random_images(40, seed), labels=np.arange(40) % 3)
+    torch.manual_seed(1)
+    other = str(tmp_path / "other.pt")
+    tokenizer.save_tokenizer(other, tokenizer.VQModel(32, 8, 32, (1, 1, 1), 32))
+    for split in ("train", "val"):
+        assert tokenizer.main(encoding(tmp_path / "old.npz", tmp_path / "old", other,
+                                       split=split)) == 0
+    new = encoding(tmp_path / "new.npz", tmp_path / "new", small_tokenizer)
+    assert tokenizer.main(new) == 0
+    done = subprocess.run([sys.executable, "-c", KILLER, *(str(tmp_path / x) for x in (
+        "old", "new", "out")), *(x.replace(str(tmp_path / "new"), "OUT") if i == 2 else x
+                                 for i, x in enumerate(new))],
+        cwd=HERE, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) > 9  # so many kills were survived
+
+def test_another_encoding_under_way_is_not_touched(tmp_path, small_tokenizer, capsys):
+    images, out = class_folder(tmp_path / "images", random_images(6)), tmp_path / "data"
+    plan = {"vocab": 32, "grid": 4, "image_size": 16}
+    tokenizer.Work(str(out / "codes.part"), plan, 6, 2).create()
+    before = files(out)
+    refuses(capsys, encoding(images, out, small_tokenizer, views="one"), "codes.part",
+            "views is None there, one here", main=tokenizer.main)
+    assert files(out) == before
+
+def test_a_val_split_of_other_classes_is_refused(tmp_path, small_tokenizer, capsys):
+    out = tmp_path / "data"
+    images = class_folder(tmp_path / "images", random_images(6))
+    other = class_folder(tmp_path / "other", random_images(6), names="xyz")
+    refuses(capsys, encoding(images, out, small_tokenizer, split="val"), "meta.json",
+            main=tokenizer.main)
+    assert tokenizer.main(encoding(images, out, small_tokenizer)) == 0
+    before = files(out)
+    capsys.readouterr()
+    refuses(capsys, encoding(other, out, small_tokenizer, split="val"), "classes is",
+            main=tokenizer.main)
+    assert files(out) == before
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path, small_tokenizer):
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((8, 4, 4, 3), np.uint8), labels=np.zeros(8))
+    code = ("import resource, sys, numpy as np, tokenizer;"
+            "work = tokenizer.Work(sys.argv[1], dict(vocab=16384, grid=16), 40_000, 10);"
+            "work.create(); codes = np.ones((4000, 10, 256), np.uint16);"
+            "[work.write(i, codes, np.ones(4000, np.uint8)) for i in range(0, 4000, 4000)];"
+            "rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+            "used = np.zeros(16384, bool); next(iter(work.rows(used))); before = rss();"
+            "[work.write(i, codes, np.ones(4000, np.uint8)) for i in range(0, 40_000, 4000)];"
+            "n = sum(len(x) for x in work.rows(used)); assert n == 40_000 and used.sum() == 1;"
+            "print(rss() - before)")
+    grown = subprocess.check_output([sys.executable, "-c", code, tmp_path / "work"], cwd=HERE)
+    assert int(grown) < 60_000  # kB, where the codes are 205 MB
+
+def llamagen_codes(folder, images=5, views=10, grid=4, vocab=16384, seed=0, size=64):
+    """A folder as LlamaGen's extract_codes_c2i.py leaves it -> codes (images, views, N)"""
+    codes = generator(seed).integers(0, vocab, (images, views, grid**2))
+    for name in ("codes", "labels"):
+        (folder / f"imagenet{size}_{name}").mkdir(parents=True)
+    for i in range(images):
+        np.save(folder / f"imagenet{size}_codes" / f"{i}.npy", codes[i : i + 1])
+        np.save(folder / f"imagenet{size}_labels" / f"{i}.npy", np.array([i % 3]))
+    return codes
+
+def test_pack_adopts_the_codes_of_llamagen(tmp_path, small_tokenizer, capsys):
+    first = llamagen_codes(tmp_path / "c2i_ten_crop", images=11)
+    second = llamagen_codes(tmp_path / "c2i_ten_crop_105", images=11, seed=1)
+    out = str(tmp_path / "data")
+    assert tokenizer.main(["pack", str(tmp_path / "c2i_ten_crop") + "/", out]) == 0
+    data = npp.Codes(out)
+    assert np.array_equal(data.codes, np.concatenate([first, second], axis=1))
+    assert data.labels.tolist() == [i % 3 for i in range(11)] and data.codes.dtype == np.uint16
+    assert data.facts == {"vocab": 16384, "grid": 4, "image_size": 64, "images": 11,
+                          "classes": ["0", "1", "2"], "tokenizer": None, "tokenizer_sha256": None}
+    codes = llamagen_codes(tmp_path / "small", vocab=32, grid=4, views=2, size=16)
+    out = str(tmp_path / "named")
+    assert tokenizer.main(["pack", str(tmp_path / "small"), out,
+                           *flags(tokenizer=small_tokenizer)]) == 0
+    assert np.array_equal(np.load(os.path.join(out, "codes.npy")), codes)
+    images = class_folder(tmp_path / "images", random_images(6), names="xyz")
+    assert tokenizer.main(encoding(images, out, small_tokenizer, split="val")) == 0
+    assert npp.Codes(out).facts["classes"] == ["0", "1", "2"] and npp.Codes(out).val
+
+@pytest.mark.parametrize("name, content, words", [
+    ("c_ten_crop/imagenet64_codes/2.npy", None, ("2.npy", "missing")),
+    ("c_ten_crop/imagenet64_labels/2.npy", None, ("2.npy", "missing")),
+    ("c_ten_crop/imagenet64_codes/3.npy", b"broken", ("3.npy", "damaged")),
+    ("c_ten_crop/imagenet64_codes/3.npy", np.zeros((1, 10, 9), int), ("3.npy", "(1, 10, 9)")),
+    ("c_ten_crop/imagenet64_codes/3.npy", np.full((1, 10, 16), 16384), ("3.npy", "16383")),
+    ("c_ten_crop/imagenet64_codes/0.npy", np.zeros((10, 16), int), ("0.npy", "(10, 16)")),
+    ("c_ten_crop/imagenet64_codes/x.npy", np.zeros((1, 10, 16), int), ("x.npy",)),
+    ("c_ten_crop_105/imagenet64_codes/4.npy", None, ("4.npy", "missing")),
+    ("c_ten_crop_105/imagenet64_labels/4.npy", np.array([0]), ("105", "labels")),
+    ("c_ten_crop/imagenet96_codes/0.npy", np.zeros(1), ("imagenet96_codes",)),
+])
+def test_pack_names_the_file_that_is_wrong(tmp_path, capsys, name, content, words):
+    for folder in ("c_ten_crop", "c_ten_crop_105"):
+        llamagen_codes(tmp_path / folder)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if content is None:
+        path.unlink()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content)
+    assert tokenizer.main(["pack", str(tmp_path / "c_ten_crop"), str(tmp_path / "data")]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and all(word in message for word in words), message
+    assert not (tmp_path / "data").exists() or not os.listdir(tmp_path / "data")
+
+def test_reconstructions_become_an_npz_for_fid(tmp_path, small_tokenizer, capsys):
+    images = random_images(40, seed=8, size=24)
+    np.savez(tmp_path / "x.npz", arr_0=images, labels=np.arange(40))
+    command = ["reconstruct", str(tmp_path / "x.npz"), str(tmp_path / "again.npz"),
+               *flags(tokenizer=small_tokenizer, image_size=24)]
+    assert tokenizer.main(command) == 0
+    again, model = fid.Images(command[2]), tokenizer.load_tokenizer(small_tokenizer)
+    expected = common.to_uint8(model.decode(model.encode(common.from_uint8(images[32:]))))
+    assert np.array_equal(again[32:40], expected) and again.labels.tolist() == list(range(40))
+    error = np.square(images.astype(float) - again[:40]).mean()
+    assert f"PSNR {10 * np.log10(255**2 / error):.2f} dB" in capsys.readouterr().out
+
+def test_reconstructions_of_unreadable_images_are_refused(tmp_path, small_tokenizer, capsys):
+    images = class_folder(tmp_path / "images", random_images(6))
+    (tmp_path / "images" / "a" / "notes.txt").write_text("no picture")
+    for out in (tmp_path / "x.npz", tmp_path / "x.png"):
+        refuses(capsys, ["reconstruct", images, str(out), *flags(
+            tokenizer=small_tokenizer, image_size=16)], "notes.txt", main=tokenizer.main)
+        assert not out.exists() and not os.path.exists(f"{out}.part")
+
+@pytest.mark.slow
+def test_dry_run_of_the_whole_recipe_at_64_pixels(tmp_path, capsys):
+    images, modes = np.load(os.path.join(FASHION, "reference.npz")), ("RGB", "L", "CMYK", "P")
+    for i in range(40):
+        shape = 64 + 7 * (i % 9), 64 + 11 * (i % 5)
+        picture = Image.fromarray(images["arr_0"][i]).resize(shape, Image.BICUBIC)
+        kind = ("jpg", "png", "webp")[i % 3]
+        if kind != "webp":
+            mode = modes[i // 3 % 4]
+            picture = picture.convert("L" if (mode, kind) in (("P", "jpg"), ("CMYK", "png"))
+                                      else mode)
+        path = tmp_path / "images" / str(images["labels"][i]) / f"{i}.{kind}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    vq, data, out, samples = (str(tmp_path / x) for x in ("vq.pt", "codes", "run", "samples.npz"))
+    torch.save({"model": random_vq("vq16")}, vq)
+    encode = ["encode", str(tmp_path / "images"), data, *flags(tokenizer=vq, image_size=64)]
+    assert tokenizer.main(encode) == 0
+    assert np.load(os.path.join(data, "codes.npy")).shape == (40, 2, 16)
+    assert npp.main(flags(data=data, out=out, steps=20, batch=8, eval_every=10)) == 0
+    assert [x["p"] for x in log(out)][:1] + [x["p"] for x in log(out)][-1:] == [2, 1]
+    assert npp.main(flags(sample=os.path.join(out, "ckpt.pt"), n=20, out=samples)) == 0
+    assert fid.Images(samples)[:20].shape == (20, 64, 64, 3)
 
 # ---- 10. helpers for the metrics ---------------------------------------------------------------
 

@@ -6,18 +6,27 @@ replaced by the nearest of a few codes, and a decoder turns codes back into an i
     python tokenizer.py train IMAGES tokenizer.pt --image_size 32     # a small one of one's own
     python tokenizer.py encode IMAGES DATA --tokenizer tokenizer.pt   # codes for npp.py --data DATA
     python tokenizer.py encode IMAGES_VAL DATA --tokenizer tokenizer.pt --split val
+    torchrun --nproc_per_node=8 tokenizer.py encode IMAGENET DATA --tokenizer vq_ds16_c2i.pt \
+        --views ten_crop --scales 1.1,1.05                            # as LlamaGen prepares it
+    python tokenizer.py pack LLAMAGEN_CODES DATA                      # adopt what LlamaGen encoded
     python tokenizer.py reconstruct IMAGES out.png --tokenizer tokenizer.pt    # before/after, PSNR
+    python tokenizer.py reconstruct IMAGES out.npz --tokenizer tokenizer.pt    # for fid.py
 
-IMAGES is a folder with one sub-folder per class, or an .npz of `arr_0` uint8 (n, H, W, 3),
-`labels` (n,) and perhaps `classes`, their names.
+IMAGES is a folder with one sub-folder per class, nested as one likes, or an .npz of `arr_0` uint8
+(n, H, W, 3), `labels` (n,) and perhaps `classes`, their names.
 
 Shapes: B images, S pixels a side, h = w = S/f codes a side, C codes in the book, D width of one.
 """
 
+import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 
 import numpy as np
@@ -29,7 +38,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from common import (BadInput, Machine, Parser, brief, from_uint8, generator, load_file,
-                    one_line_errors, save_grid, sha256, to_uint8, write_atomically)
+                    one_line_errors, save_grid, save_npz, sha256, to_uint8, write_atomically)
 
 # ---- 1. Model, its parts named as in the published vq_ds16_c2i.pt and vq_ds8_c2i.pt -------------
 
@@ -156,7 +165,9 @@ class VQModel(nn.Module):
     @torch.no_grad()
     def decode(self, codes):
         """Codes (B, h, w) -> images (B, 3, S, S), in [-1, 1] up to what to_uint8 clamps"""
-        return self.render(self.codebook()[codes])
+        q = rearrange(self.codebook()[codes], "b h w d -> b d h w")
+        q = q.contiguous()  # in memory too: a CPU normalises channels-last less exactly
+        return self.decoder(self.post_quant_conv(q))
 
 def load_tokenizer(path, device="cpu", facts=None):
     """A VQModel in eval mode from a file of ours or LlamaGen's, {"model": state_dict}
@@ -193,39 +204,70 @@ def center_crop(image, size):
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
-class Images(Dataset):
-    """A class folder or an .npz. An item is uint8 (S, S, 3), or a str saying why it is unreadable.
+def to_rgb(image):
+    """Any PIL image -> mode RGB. 16-bit gray keeps its high byte, as Pillow does for 16-bit colour
+    (convert would clip). What is transparent becomes white: ADM's bare convert("RGB") uncovers
+    whatever colour happens to lie below."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
-    items: file names or arrays; labels: int64 (n,); classes: their names. Raises BadInput."""
-    def __init__(self, source, image_size):
-        self.image_size = image_size
-        read = read_folder if os.path.isdir(source) else read_npz
+class Images(Dataset):
+    """A class folder or an .npz. An item is a list of uint8 (S, S, 3), one for each of the sizes,
+    or a str saying why it is unreadable.
+
+    items: file names (as bytes: an array that worker processes share) or arrays; labels: int64
+    (n,); classes: their names; sha256: of the images' names, or of the .npz. Raises BadInput."""
+    def __init__(self, source, *sizes):
+        self.source, self.sizes, self.folder = source, sizes, os.path.isdir(source)
+        read = read_folder if self.folder else read_npz
         self.items, self.labels, self.classes = read(source)
         if not len(self.items):
             raise BadInput(f"{source}: no images, expected one sub-folder per class")
+        names = self.folder and hashlib.sha256(b"\0".join(self.items.tolist())).hexdigest()
+        self.sha256 = names or sha256(source)
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, i):
+        name = f"image {i} of {self.source}"
         try:
-            item = self.items[i]
-            image = Image.open(item) if isinstance(item, str) else Image.fromarray(item)
-            return np.asarray(center_crop(image.convert("RGB"), self.image_size))
+            if self.folder:
+                name = os.path.join(self.source, os.fsdecode(self.items[i]))
+            with Image.open(name) if self.folder else Image.fromarray(self.items[i]) as image:
+                image = to_rgb(image)
+            return [np.asarray(center_crop(image, size)) for size in self.sizes]
         except Exception as error:  # PIL raises many kinds; the caller names the file and goes on
-            return f"{self.items[i]}: unreadable image ({brief(error)})"
+            return f"{name}: unreadable image ({brief(error)})"
 
-    def batches(self, size=64):
-        """The items in order, read in worker processes -> lists of at most `size`"""
-        workers = os.cpu_count() if isinstance(self.items[0], str) else 0
-        return DataLoader(self, size, num_workers=workers, collate_fn=list)
+    def batches(self, chunks=None):
+        """Lists of the items of each chunk (a range) in turn, read in worker processes"""
+        chunks = chunks_of(len(self)) if chunks is None else chunks
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this rank
+        workers = min(max(1, cores), len(chunks)) if self.folder else 0
+        return DataLoader(self, batch_sampler=chunks, num_workers=workers, collate_fn=list)
+
+def chunks_of(n, size=32):
+    return [range(i, min(i + size, n)) for i in range(0, n, size)]
 
 def read_folder(path):
-    classes = sorted(d.name for d in os.scandir(path) if d.is_dir())
-    files = [sorted(f.path for f in os.scandir(os.path.join(path, c)) if f.name[0] != ".")
-             for c in classes]
+    """-> file names below `path` as bytes, in ImageFolder's order; labels; names of the classes
+
+    Every file below a class folder counts as an image, except hidden ones (.DS_Store)."""
+    entries = sorted((e for e in os.scandir(path) if e.name[0] != "."), key=lambda e: e.name)
+    classes = [e.name for e in entries if e.is_dir()]
+    if beside := [e.name for e in entries if not e.is_dir()]:
+        print(f"tokenizer.py: {path}: not in a class folder, left out: {len(beside)} files, the "
+              f"first {beside[0]}", file=sys.stderr)
+    files = [[os.fsencode(os.path.relpath(os.path.join(where, name), path))
+              for where, _, names in sorted(os.walk(os.path.join(path, c), followlinks=True))
+              for name in sorted(names) if name[0] != "."] for c in classes]
     labels = np.repeat(np.arange(len(classes)), [len(f) for f in files])
-    return sum(files, []), labels, classes
+    return np.array(sum(files, []), dtype=bytes), labels, classes
 
 def read_npz(path):
     try:
@@ -244,14 +286,14 @@ def read_npz(path):
         raise BadInput(f"{path}: label {labels.max()}, but {len(classes)} class names")
     return images, labels, classes
 
-# ---- 3. Commands -------------------------------------------------------------------------------
+# ---- 3. Training a small one ---------------------------------------------------------------------
 
 def train(args):
     """Train a small VQModel on squared error: LlamaGen's perceptual and adversarial losses need
     pretrained networks. Codes not used for 100 steps move onto features of the current batch, so
     that the whole book is put to work."""
     data = Images(args.images, args.image_size)
-    images = readable([data[i] for i in range(len(data))])
+    (images,) = readable([data[i] for i in range(len(data))])
     torch.manual_seed(args.seed)
     device = Machine().device
     model = VQModel(args.codebook_size, 8, args.ch, args.ch_mult, args.z_channels).to(device)
@@ -291,91 +333,337 @@ def save_tokenizer(path, model):
     write_atomically(path, lambda f: torch.save({"model": state}, f))
 
 def readable(items):
-    """Images -> uint8 (n, S, S, 3), or BadInput for the first that is unreadable"""
+    """Items of Images -> uint8 (n, S, S, 3) of each size; BadInput for the first unreadable one"""
     for item in items:
         if isinstance(item, str):
             raise BadInput(item)
-    return np.stack(items)
-
-def open_both(args):
-    data, device = Images(args.images, args.image_size), Machine().device
-    model = load_tokenizer(args.tokenizer, device)
-    fits(args.image_size, model)
-    return data, model, device
+    return [np.stack(images) for images in zip(*items)]
 
 def fits(image_size, model):
-    if image_size % model.factor:
+    if image_size <= 0 or image_size % model.factor:
         raise BadInput(f"image_size is {image_size}, expected a multiple of {model.factor}")
+
+# ---- 4. A finished data set: the folder that npp.py trains on ------------------------------------
+
+FACTS = ("vocab", "grid", "image_size", "classes", "tokenizer_sha256")  # that both splits share
+
+def read_json(path):
+    """-> the dict that a .json file holds, {} if there is no file. Raises BadInput."""
+    try:
+        with open(path) as f:
+            return dict(json.load(f))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{path}: damaged, expected json ({brief(error)})") from None
+
+def write_json(path, value):
+    write_atomically(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
+
+def differences(there, here, keys):
+    pairs = [(k, str(there.get(k))[:99], str(here.get(k))[:99]) for k in keys
+             if there.get(k) != here.get(k)]
+    return "; ".join(f"{k} is {a} there, {b} here" for k, a, b in pairs)
+
+def publish(out, suffix, meta, rows, views, labels, tokenizer):
+    """Write a split's codes, from parts `rows` (b, views, h*w), labels and perhaps tokenizer
+
+    meta.json vouches for the files of the folder: it goes before they change and comes back last,
+    so that a kill leaves no mix that could be trained on. A val split of other codes goes too."""
+    def path(name):
+        return os.path.join(out, name)
+
+    def save_codes(f):
+        shape, dtype = (len(labels), views, meta["grid"] ** 2), np.dtype(code_type(meta["vocab"]))
+        header = dict(descr=dtype.str, fortran_order=False, shape=shape)
+        np.lib.format.write_array_header_1_0(f, header)
+        for part in rows:
+            f.write(part.astype(dtype).tobytes())
+
+    write_atomically(path("codes.new"), save_codes)
+    before = read_json(path("meta.json"))
+    if before and not suffix and differences(before, meta, FACTS):
+        for name in ("codes_val.npy", "labels_val.npy"):
+            if os.path.exists(path(name)):
+                os.remove(path(name))
+    if before:
+        os.remove(path("meta.json"))
+    os.replace(path("codes.new"), path(f"codes{suffix}.npy"))
+    write_atomically(path(f"labels{suffix}.npy"), lambda f: np.save(f, labels.astype(np.uint16)))
+    copy = path("tokenizer.pt")
+    if tokenizer and not (os.path.exists(copy) and sha256(copy) == meta["tokenizer_sha256"]):
+        with open(tokenizer, "rb") as f:
+            write_atomically(copy, lambda to: shutil.copyfileobj(f, to))
+    write_json(path("meta.json"), meta)
+
+def code_type(vocab):
+    return np.uint8 if vocab <= 256 else np.uint16
+
+def progress(now, before, total, began):
+    """One line: `now` of `total` images, of which `before` were there when it `began`"""
+    speed = max(now - before, 1) / (time.time() - began)
+    left = int((total - now) / speed)                                     # in seconds
+    print(f"\r{now:,} of {total:,} images  {speed:,.1f} images/s  "
+          f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", end="   ", flush=True)
+
+# ---- 5. Images to codes --------------------------------------------------------------------------
+
+VIEWS = {"center": 2, "one": 1, "ten_crop": 10}
+
+def crops(images, size, views):
+    """Images (B, 3, S, S) -> list of their views (B, 3, size, size)
+
+    center: the image (S = size) and its mirror image; one: the first alone; ten_crop: corners and
+    centre, then those of the mirror image, in the order of torchvision's TenCrop, as LlamaGen."""
+    if views != "ten_crop":
+        return [images, images.flip(-1)][: VIEWS[views]]
+    far, mid = images.shape[-1] - size, round((images.shape[-1] - size) / 2)
+    corners = (0, 0), (0, far), (far, 0), (far, far), (mid, mid)
+    return [x[..., top : top + size, left : left + size]
+            for x in (images, images.flip(-1)) for top, left in corners]
+
+class Work:
+    """The folder of an encoding under way, which ranks fill in any order and a kill cannot harm
+
+    plan.json: what decides the result; codes: of all images; status: a byte for each, 0 to do, 1
+    done, 2 unreadable, written when its codes are on the disk. Neither is mapped: resident memory
+    would grow with them, and machines that share the folder undo each other's pages."""
+    def __init__(self, path, plan, n, views):
+        self.path, self.plan, self.n = path, plan, n
+        self.shape, self.dtype = (views, plan["grid"] ** 2), code_type(plan["vocab"])
+        self.row = math.prod(self.shape) * np.dtype(self.dtype).itemsize  # bytes of an image
+
+    def file(self, name):
+        return os.path.join(self.path, name)
+
+    def create(self):
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.makedirs(self.path)
+        for name, size in (("codes", self.n * self.row), ("status", self.n)):
+            with open(self.file(name), "wb") as f:
+                f.truncate(size)                                          # zeros
+        write_json(self.file("plan.json"), self.plan)                     # last: now it counts
+
+    def status(self):
+        return np.fromfile(self.file("status"), np.uint8)
+
+    def write(self, first, codes, status):
+        """Codes (b, views, h*w) and status (b,) of the images from `first` on"""
+        for name, start, array in ("codes", first * self.row, codes), ("status", first, status):
+            with open(self.file(name), "r+b") as f:
+                f.seek(start)
+                f.write(array.tobytes())
+                f.flush()
+                os.fsync(f.fileno())
+
+    def rows(self, used):
+        """The codes of all readable images in parts, of which `used` (vocab,) takes note"""
+        with open(self.file("codes"), "rb") as f:
+            for chunk in chunks_of(self.n, 4096):
+                codes = np.fromfile(f, self.dtype, len(chunk) * math.prod(self.shape))
+                codes = codes.reshape(-1, *self.shape)
+                codes = codes[self.status()[chunk.start : chunk.stop] == 1]
+                used[codes] = True
+                yield codes
+
+    def remove(self):
+        os.remove(self.file("plan.json"))  # first: what a kill leaves of the rest does not count
+        shutil.rmtree(self.path)
 
 def encode(args):
     """Write codes, labels, meta.json and a copy of the tokenizer into the folder args.out
 
-    View 0 is the centre crop, view 1 its mirror image. Unreadable images are named and left out;
-    then the exit code is 2."""
-    data, model, device = open_both(args)
-    vocab, grid = len(model.codebook()), args.image_size // model.factor
-    path, suffix = os.path.join(args.out, "meta.json"), "" if args.split == "train" else "_val"
-    meta = {"vocab": vocab, "grid": grid, "image_size": args.image_size, "classes": data.classes,
-            "tokenizer": "tokenizer.pt", "tokenizer_sha256": sha256(args.tokenizer),
-            "made_by": "tokenizer.py encode"}
+    Unreadable images are named and left out; then the exit code is 2. The work is done in
+    args.out/codes.part, so that the same command goes on after a kill, and tries again what was
+    unreadable. Of all chunks of images each rank takes every world-th: how many ranks there are
+    changes no bit. An .npz is held in memory, a folder is not."""
+    scales = [float(x) for x in args.scales.split(",")] if args.views == "ten_crop" else [1]
+    data, model, machine = open_both(args, *(int(args.image_size * s) for s in scales))
+    suffix, views = "" if args.split == "train" else "_val", len(scales) * VIEWS[args.views]
+    path = os.path.join(args.out, f"codes{suffix}.part")
+    found = read_json(os.path.join(path, "plan.json"))
+    meta = {"vocab": len(model.codebook()), "grid": args.image_size // model.factor,
+            "image_size": args.image_size, "classes": data.classes, "tokenizer": "tokenizer.pt",
+            "tokenizer_sha256": sha256(args.tokenizer), "made_by": "tokenizer.py encode"}
     if suffix:
-        with open(path, "rb") as f:
-            if f.read() != json.dumps(meta, indent=1).encode():
-                raise BadInput(f"{path}: the training split has other classes, size or tokenizer")
-    codes, kept = [], []
-    for items in data.batches():
-        images = [x for x in items if not isinstance(x, str)]
-        for message in (x for x in items if isinstance(x, str)):
-            print(f"\ntokenizer.py: {message}", file=sys.stderr)
-        if images:
-            x = from_uint8(np.stack(images)).to(device)
-            views = [x, x.flip(-1)] if args.views == "center" else [x]
-            views = torch.stack([model.encode(v).flatten(1) for v in views], dim=1)
-            codes.append(views.cpu().numpy().astype(np.uint8 if vocab <= 256 else np.uint16))
-        kept += [not isinstance(x, str) for x in items]
-        print(f"\r{len(kept):,} of {len(data):,} images", end="", flush=True)
-    if not codes:
+        meta = of_train(args.out, meta, found)
+    plan = {**meta, "views": args.views, "scales": scales, "files_sha256": data.sha256}
+    if found and found != plan:
+        raise BadInput(f"{path}: another encoding is under way, {differences(found, plan, plan)}; "
+                       "expected the same, or that you delete it")
+    work = Work(path, plan, len(data), views)
+    machine.mean(torch.zeros(1))  # all ranks have looked before one writes
+    if machine.rank == 0 and not found:
+        work.create()
+    machine.mean(torch.zeros(1))
+    bad = torch.tensor(float(fill(work, data, model, machine, args)))
+    bad = round(machine.mean(bad).item() * machine.world)                 # of all ranks
+    if bad == len(data):
         raise BadInput(f"{args.images}: not one readable image")
-    codes = np.concatenate(codes)
-    for name, array in (("codes", codes), ("labels", data.labels[kept].astype(np.uint16))):
-        name = os.path.join(args.out, f"{name}{suffix}.npy")
-        write_atomically(name, lambda f, array=array: np.save(f, array))
-    copy = os.path.join(args.out, "tokenizer.pt")
-    if not os.path.exists(copy) or sha256(copy) != meta["tokenizer_sha256"]:
-        shutil.copyfile(args.tokenizer, copy)
-    write_atomically(path, lambda f: f.write(json.dumps(meta, indent=1).encode()))
-    print(f"\n{args.out}: {len(codes):,} images, {codes.shape[1]} views of {grid} x {grid} codes, "
-          f"{len(np.unique(codes))} of {vocab} in use")
-    return 0 if all(kept) else 2
+    if machine.rank:
+        return 0
+    labels, used = data.labels[work.status() == 1], np.zeros(meta["vocab"], bool)
+    publish(args.out, suffix, meta, work.rows(used), views, labels, args.tokenizer)
+    work.remove()
+    print(f"\n{args.out}: {len(labels):,} images, {views} views of {meta['grid']} x {meta['grid']} "
+          f"codes, {used.sum()} of {len(used)} in use" + f", {bad:,} unreadable" * (bad > 0))
+    return 2 if bad else 0
+
+def of_train(out, meta, found):
+    """The meta.json that a val split shares with the train split: BadInput if it cannot. While a
+    kill has left none, the plan of the work that was `found` has it."""
+    path = os.path.join(out, "meta.json")
+    train = read_json(path) or {k: found[k] for k in meta if k in found}
+    if not train:
+        raise BadInput(f"{path}: missing, expected the train split to be encoded first")
+    if train.get("classes") == [str(i) for i in range(len(meta["classes"]))]:  # packed: no names
+        meta = {**meta, "classes": train["classes"]}
+    if differ := differences(train, meta, FACTS):
+        raise BadInput(f"{path}: the train split has other codes: {differ}")
+    return train
+
+def fill(work, data, model, machine, args):
+    """Encode this rank's chunks that are not done yet -> how many images are unreadable"""
+    status, began, bad = work.status(), time.time(), 0
+    before = np.count_nonzero(status)
+    chunks = [c for c in chunks_of(len(data))[machine.rank :: machine.world]
+              if (status[c.start : c.stop] != 1).any()]
+    for chunk, items in zip(chunks, data.batches(chunks)):
+        good = np.array([not isinstance(x, str) for x in items])
+        codes = np.zeros((len(items), *work.shape), work.dtype)
+        for message in (x for x in items if isinstance(x, str)):
+            print(f"\ntokenizer.py: {message}", file=sys.stderr, flush=True)
+        if good.any():
+            images = readable([x for x in items if not isinstance(x, str)])
+            views = [view for x in images for view in crops(
+                from_uint8(x).to(machine.device), args.image_size, args.views)]
+            views = torch.stack([model.encode(v).flatten(1) for v in views], dim=1)
+            codes[good] = views.cpu().numpy()                             # (b, views, h*w)
+        work.write(chunk.start, codes, np.where(good, 1, 2).astype(np.uint8))
+        bad += np.count_nonzero(~good)
+        if machine.rank == 0:
+            progress(np.count_nonzero(work.status()), before, len(data), began)
+    return bad
+
+def open_both(args, *sizes):
+    """-> images prepared at these sizes, tokenizer, machine"""
+    data, machine = Images(args.images, *sizes), Machine()
+    model = load_tokenizer(args.tokenizer, machine.device)
+    fits(args.image_size, model)
+    return data, model, machine
+
+# ---- 6. The codes that LlamaGen extracted --------------------------------------------------------
+
+def pack(args):
+    """Adopt {images}/imagenet{SIZE}_codes/{i}.npy (1, views, N) and .._labels/{i}.npy (1,)
+
+    A folder ..ten_crop is followed by the views of ..ten_crop_105 beside it, where there is one.
+    Raises BadInput for the first file that is missing or wrong."""
+    source = os.path.abspath(args.images)
+    names = [x for x in sorted(os.listdir(source)) if re.fullmatch(r"[a-z]+\d+_codes", x)]
+    if len(names) != 1:
+        raise BadInput(f"{source}: {names}, expected one folder like imagenet256_codes")
+    size, vocab, digest = int(re.findall(r"\d+", names[0])[0]), 16384, None
+    folders = [source] + [f"{source}_105"] * (source.endswith("ten_crop")
+                                              and os.path.isdir(f"{source}_105"))
+    folders = [os.path.join(folder, names[0]) for folder in folders]
+    shape = load_item(f"{folders[0]}/0.npy").shape
+    grid = math.isqrt(shape[-1]) if shape else 0
+    if args.tokenizer:
+        model, digest = load_tokenizer(args.tokenizer), sha256(args.tokenizer)
+        vocab, grid = len(model.codebook()), size // model.factor
+    labels = [np.concatenate(list(numbered(f"{folder.removesuffix('codes')}labels", (1,), 65536)))
+              for folder in folders]
+    if not all(np.array_equal(x, labels[0]) for x in labels):
+        raise BadInput(f"{folders[1]}: other labels, expected those beside {folders[0]}")
+    views = len(folders) * shape[1] if len(shape) == 3 else 1
+    parts = zip(*(numbered(f, (1, views // len(folders), grid**2), vocab, len(labels[0]))
+                  for f in folders))
+    rows = (np.concatenate(part, axis=2)[:, 0] for part in parts)
+    meta = {"vocab": vocab, "grid": grid, "image_size": size,
+            "classes": [str(i) for i in range(labels[0].max() + 1)],
+            "tokenizer": "tokenizer.pt" if digest else None, "tokenizer_sha256": digest,
+            "made_by": "tokenizer.py pack"}
+    publish(args.out, "", meta, rows, views, labels[0][:, 0], args.tokenizer)
+    print(f"\n{args.out}: {len(labels[0]):,} images of {len(meta['classes'])} classes, "
+          f"{views} views of {grid} x {grid} codes")
+    return 0
+
+def numbered(folder, shape, limit, expected=None):
+    """The arrays folder/{0, 1, ..}.npy of one shape, in stacks; BadInput names one that is not"""
+    names, began = set(os.listdir(folder)), time.time()
+    n = expected or sum(name[:-4].isdigit() for name in names)
+    if wrong := sorted({f"{i}.npy" for i in range(n)} ^ names, key=lambda x: (len(x), x)):
+        raise BadInput(f"{folder}/{wrong[0]}: missing or too many, expected 0.npy to {n - 1}.npy")
+
+    def load(i):
+        x = load_item(path := f"{folder}/{i}.npy")
+        if x.shape != shape or x.dtype.kind not in "iu" or x.min() < 0 or x.max() >= limit:
+            raise BadInput(f"{path}: {x.dtype} {x.shape}, {x.min()} to {x.max()}, expected "
+                           f"integers {shape}, 0 to {limit - 1}")
+        return x
+
+    with ThreadPoolExecutor(16) as pool:  # small files are waited for
+        for chunk in chunks_of(n, 1024):
+            yield np.stack(list(pool.map(load, chunk)))
+            progress(chunk.stop, 0, n, began)
+
+def load_item(path):
+    try:
+        return np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise BadInput(f"{path}: missing or damaged, expected an array ({brief(error)})") from None
+
+# ---- 7. How much the codes keep, and the command line --------------------------------------------
 
 def reconstruct(args):
-    """Write a picture of images and, below each row, what their codes keep; print the PSNR"""
-    data, model, device = open_both(args)
+    """Print the PSNR of what the codes keep of images; write, as .png, rows of images with that
+    below each, or, as .npz, that of all images: the FID to beat for a model on these codes"""
+    if not args.out.endswith((".png", ".npz")):
+        raise BadInput(f"{args.out}: expected a .png or an .npz")
+    data, model, machine = open_both(args, args.image_size)
     rows, error, count = [], 0.0, 0
     inside = np.s_[:, args.margin : args.image_size - args.margin,
                    args.margin : args.image_size - args.margin]
-    for items in data.batches():
-        images = readable(items)
-        again = to_uint8(model.decode(model.encode(from_uint8(images).to(device))))
-        error += np.square(images[inside].astype(float) - again[inside]).sum()
-        count += images[inside].size
-        if not rows or len(rows) < 6 and len(images) >= 10:
-            rows += [images[:10], again[:10]]
-    save_grid(args.out, np.concatenate(rows), len(rows[0]), scale=max(1, 64 // args.image_size))
-    print(f"{args.out}: PSNR {10 * np.log10(255**2 * count / error):.2f} dB, {len(data):,} images")
+
+    def reconstructions():
+        nonlocal error, count
+        for items in data.batches():
+            (images,) = readable(items)
+            again = to_uint8(model.decode(model.encode(from_uint8(images).to(machine.device))))
+            error += np.square(images[inside].astype(float) - again[inside]).sum()
+            count += images[inside].size
+            if not rows or len(rows) < 6 and len(images) >= 10:
+                rows.extend([images[:10], again[:10]])
+            yield again
+
+    if args.out.endswith(".npz"):
+        shape = len(data), args.image_size, args.image_size, 3
+        save_npz(args.out, reconstructions(), shape, data.labels)
+    else:
+        for _ in reconstructions():
+            pass
+        scale = max(1, 64 // args.image_size)
+        save_grid(args.out, np.concatenate(rows), len(rows[0]), scale=scale)
+    psnr = 10 * np.log10(255**2 * count / error) if error else math.inf
+    print(f"{args.out}: PSNR {psnr:.2f} dB, {len(data):,} images")
     return 0
 
 @one_line_errors
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("command", choices=["train", "encode", "reconstruct"])
-    parser.add_argument("images", help="folder of class folders, or .npz")
-    parser.add_argument("out", help="train: tokenizer.pt; encode: folder; reconstruct: .png")
+    commands = {"train": train, "encode": encode, "pack": pack, "reconstruct": reconstruct}
+    parser.add_argument("command", choices=list(commands))
+    parser.add_argument("images", help="folder of class folders, or .npz; pack: LlamaGen's codes")
+    parser.add_argument("out", help="train: tokenizer.pt; encode, pack: folder; reconstruct: .png "
+                                    "or .npz")
     for flag, default, text in (
-        ("tokenizer", "", "encode, reconstruct: the tokenizer's file"),
+        ("tokenizer", "", "encode, reconstruct, if known pack: the tokenizer's file"),
         ("image_size", 256, "pixels a side"),
         ("split", "train", "encode: train or val"),
-        ("views", "center", "encode: center (with the mirror image) or one (without)"),
+        ("views", "center", "encode: center (with the mirror image), one (without) or ten_crop; "
+                            "for --split val center or one, as view 0 is validated on"),
+        ("scales", "1.1", "encode: what ten_crop cuts from, in image_size; 1.1,1.05: 20 views"),
         ("margin", 0, "reconstruct: pixels along each side that the PSNR leaves out"),
         ("steps", 12000, "train: steps"),
         ("batch", 16, "train: images a step"),
@@ -388,12 +676,21 @@ def main(argv=None):
     ):
         parser.add_flag(flag, default, text)
     args = parser.parse_args(argv)
-    for name, right, expected in (("split", ("train", "val"), "train or val"),
-                                  ("views", ("center", "one"), "center or one"),
-                                  ("ch", range(32, 1025, 32), "a multiple of 32")):
-        if getattr(args, name) not in right:
+    for name, right, expected in (
+        ("command", args.command == "encode" or os.environ.get("WORLD_SIZE", "1") == "1",
+         "encode where torchrun starts several processes"),
+        ("split", args.split in ("train", "val"), "train or val"),
+        ("split", args.split == "train" or args.command == "encode", "train, except for encode"),
+        ("views", args.views in ("center", "one", "ten_crop"), "center, one or ten_crop"),
+        ("views", args.views != "ten_crop" or args.split == "train", "center or one for val"),
+        ("scales", re.fullmatch(r"[1-9]\d*(\.\d+)?(,[1-9]\d*(\.\d+)?)*", args.scales),
+         "numbers of 1 or more, with commas"),
+        ("margin", 0 <= 2 * args.margin < args.image_size, "less than half of image_size"),
+        ("ch", args.ch in range(32, 1025, 32), "a multiple of 32"),
+    ):
+        if not right:
             raise BadInput(f"{name} is {getattr(args, name)}, expected {expected}")
-    return {"train": train, "encode": encode, "reconstruct": reconstruct}[args.command](args)
+    return commands[args.command](args)
 
 if __name__ == "__main__":
     sys.exit(main())
