@@ -27,6 +27,7 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import zip_longest
 
 import numpy as np
@@ -227,8 +228,8 @@ class Images(Dataset):
         self.items, self.labels, self.classes = read(source)
         if not len(self.items):
             raise BadInput(f"{source}: no images, expected one sub-folder per class")
-        names = self.folder and hashlib.sha256(b"\0".join(self.items.tolist())).hexdigest()
-        self.sha256 = names or sha256(source)
+        self.sha256 = (hashlib.sha256(b"\0".join(self.items.tolist())).hexdigest() if self.folder
+                       else sha256(source))
 
     def __len__(self):
         return len(self.items)
@@ -244,14 +245,13 @@ class Images(Dataset):
         except Exception as error:  # PIL raises many kinds; the caller names the file and goes on
             return f"{name}: unreadable image ({brief(error)})"
 
-    def batches(self, chunks=None):
+    def batches(self, chunks):
         """Lists of the items of each chunk (a range) in turn, read in worker processes"""
-        chunks = chunks_of(len(self)) if chunks is None else chunks
         cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this rank
         workers = min(max(1, cores), len(chunks)) if self.folder else 0
         return DataLoader(self, batch_sampler=chunks, num_workers=workers, collate_fn=list)
 
-def chunks_of(n, size=32):
+def chunks_of(n, size):
     return [range(i, min(i + size, n)) for i in range(0, n, size)]
 
 def read_folder(path):
@@ -263,11 +263,13 @@ def read_folder(path):
     if beside := [e.name for e in entries if not e.is_dir()]:
         print(f"tokenizer.py: {path}: not in a class folder, left out: {len(beside)} files, the "
               f"first {beside[0]}", file=sys.stderr)
-    files = [[os.fsencode(os.path.relpath(os.path.join(where, name), path))
-              for where, _, names in sorted(os.walk(os.path.join(path, c), followlinks=True))
-              for name in sorted(names) if name[0] != "."] for c in classes]
-    labels = np.repeat(np.arange(len(classes)), [len(f) for f in files])
-    return np.array(sum(files, []), dtype=bytes), labels, classes
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        for where, _, names in sorted(os.walk(os.path.join(path, name), followlinks=True)):
+            where, names = os.path.relpath(where, path), sorted(x for x in names if x[0] != ".")
+            files += [os.fsencode(os.path.join(where, x)) for x in names]
+            labels += [label] * len(names)
+    return np.array(files, dtype=bytes), np.array(labels), classes
 
 def read_npz(path):
     try:
@@ -357,8 +359,8 @@ def read_json(path):
     except (ValueError, TypeError) as error:
         raise BadInput(f"{path}: damaged, expected json ({brief(error)})") from None
 
-def write_json(path, value):
-    write_atomically(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
+def as_json(value):
+    return json.dumps(value, indent=1).encode()
 
 def differences(there, here, keys):
     pairs = [(k, str(there.get(k))[:99], str(here.get(k))[:99]) for k in keys
@@ -368,36 +370,33 @@ def differences(there, here, keys):
 def publish(out, suffix, meta, rows, views, labels, tokenizer):
     """Write a split's codes, from parts `rows` (b, views, h*w), labels and perhaps tokenizer
 
-    meta.json vouches for the files of the folder: it goes before they change and comes back last,
-    so that a kill leaves no mix that could be trained on. A val split of other codes goes too."""
+    What vouches for the other files, meta.json or, for val, the codes, goes before they change and
+    comes back last: a kill leaves no mix to train on. A val split of other codes goes too."""
     def path(name):
         return os.path.join(out, name)
 
     def save_codes(f):
-        shape, dtype = (len(labels), views, meta["grid"] ** 2), np.dtype(code_type(meta["vocab"]))
+        dtype = np.min_scalar_type(meta["vocab"] - 1)
+        shape = len(labels), views, meta["grid"] ** 2
         header = dict(descr=dtype.str, fortran_order=False, shape=shape)
         np.lib.format.write_array_header_1_0(f, header)
         for part in rows:
             f.write(part.astype(dtype).tobytes())
 
-    write_atomically(path("codes.new"), save_codes)
-    before = read_json(path("meta.json"))
-    if before and not suffix and differences(before, meta, FACTS):
-        for name in ("codes_val.npy", "labels_val.npy"):
-            if os.path.exists(path(name)):
-                os.remove(path(name))
-    if before:
-        os.remove(path("meta.json"))
-    os.replace(path("codes.new"), path(f"codes{suffix}.npy"))
+    write_atomically(path(f"codes{suffix}.new"), save_codes)
+    stale = differences(read_json(path("meta.json")), meta, FACTS)
+    val = ["codes_val.npy", "labels_val.npy"] * bool(suffix or stale)
+    for name in val + ["meta.json"] * (not suffix):
+        with suppress(FileNotFoundError):
+            os.remove(path(name))
     write_atomically(path(f"labels{suffix}.npy"), lambda f: np.save(f, labels.astype(np.uint16)))
     copy = path("tokenizer.pt")
     if tokenizer and not (os.path.exists(copy) and sha256(copy) == meta["tokenizer_sha256"]):
         with open(tokenizer, "rb") as f:
             write_atomically(copy, lambda to: shutil.copyfileobj(f, to))
-    write_json(path("meta.json"), meta)
-
-def code_type(vocab):
-    return np.uint8 if vocab <= 256 else np.uint16
+    os.replace(path(f"codes{suffix}.new"), path(f"codes{suffix}.npy"))
+    if not suffix:
+        write_atomically(path("meta.json"), lambda f: f.write(as_json(meta)))
 
 def progress(now, before, total, began):
     """One line: `now` of `total` images, of which `before` were there when it `began`"""
@@ -430,8 +429,8 @@ class Work:
     would grow with them, and machines that share the folder undo each other's pages."""
     def __init__(self, path, plan, n, views):
         self.path, self.plan, self.n = path, plan, n
-        self.shape, self.dtype = (views, plan["grid"] ** 2), code_type(plan["vocab"])
-        self.row = math.prod(self.shape) * np.dtype(self.dtype).itemsize  # bytes of an image
+        self.shape, self.dtype = (views, plan["grid"] ** 2), np.min_scalar_type(plan["vocab"] - 1)
+        self.row = math.prod(self.shape) * self.dtype.itemsize            # bytes of an image
 
     def file(self, name):
         return os.path.join(self.path, name)
@@ -442,7 +441,7 @@ class Work:
         for name, size in (("codes", self.n * self.row), ("status", self.n)):
             with open(self.file(name), "wb") as f:
                 f.truncate(size)                                          # zeros
-        write_json(self.file("plan.json"), self.plan)                     # last: now it counts
+        write_atomically(self.file("plan.json"), lambda f: f.write(as_json(self.plan)))  # counts
 
     def status(self):
         return np.fromfile(self.file("status"), np.uint8)
@@ -467,7 +466,7 @@ class Work:
                 yield codes
 
     def remove(self):
-        os.remove(self.file("plan.json"))  # first: what a kill leaves of the rest does not count
+        os.remove(self.file("plan.json"))  # first: without it, what a kill leaves does not count
         shutil.rmtree(self.path)
 
 def encode(args):
@@ -475,8 +474,8 @@ def encode(args):
 
     Unreadable images are named and left out; then the exit code is 2. The work is done in
     args.out/codes.part, so that the same command goes on after a kill, and tries again what was
-    unreadable. Of all chunks of images each rank takes every world-th: how many ranks there are
-    changes no bit. An .npz is held in memory, a folder is not."""
+    unreadable. Ranks share out chunks of images that are always the same, so that their number
+    changes no bit. An .npz is held in memory, of a folder only the names."""
     scales = [float(x) for x in args.scales.split(",")] if args.views == "ten_crop" else [1]
     data, model, machine = open_both(args, *(int(args.image_size * s) for s in scales))
     suffix, views = "" if args.split == "train" else "_val", len(scales) * VIEWS[args.views]
@@ -486,7 +485,7 @@ def encode(args):
             "image_size": args.image_size, "classes": data.classes, "tokenizer": "tokenizer.pt",
             "tokenizer_sha256": sha256(args.tokenizer), "made_by": "tokenizer.py encode"}
     if suffix:
-        meta = of_train(args.out, meta, found)
+        meta = of_train(args.out, meta)
     plan = {**meta, "views": args.views, "scales": scales, "files_sha256": data.sha256}
     if found and found != plan:
         raise BadInput(f"{path}: another encoding is under way, {differences(found, plan, plan)}; "
@@ -498,10 +497,11 @@ def encode(args):
     machine.mean(torch.zeros(1))
     bad = torch.tensor(float(fill(work, data, model, machine, args)))
     bad = round(machine.mean(bad).item() * machine.world)                 # of all ranks
-    if bad == len(data):
-        raise BadInput(f"{args.images}: not one readable image")
     if machine.rank:
         return 0
+    if bad == len(data):
+        work.remove()
+        raise BadInput(f"{args.images}: not one readable image")
     labels, used = data.labels[work.status() == 1], np.zeros(meta["vocab"], bool)
     publish(args.out, suffix, meta, work.rows(used), views, labels, args.tokenizer)
     work.remove()
@@ -509,12 +509,10 @@ def encode(args):
           f"codes, {used.sum()} of {len(used)} in use" + f", {bad:,} unreadable" * (bad > 0))
     return 2 if bad else 0
 
-def of_train(out, meta, found):
-    """The meta.json that a val split shares with the train split: BadInput if it cannot. While a
-    kill has left none, the plan of the work that was `found` has it."""
+def of_train(out, meta):
+    """The meta.json of the train split, with which a val split must agree. Raises BadInput."""
     path = os.path.join(out, "meta.json")
-    train = read_json(path) or {k: found[k] for k in meta if k in found}
-    if not train:
+    if not (train := read_json(path)):
         raise BadInput(f"{path}: missing, expected the train split to be encoded first")
     if train.get("classes") == [str(i) for i in range(len(meta["classes"]))]:  # packed: no names
         meta = {**meta, "classes": train["classes"]}
@@ -525,9 +523,10 @@ def of_train(out, meta, found):
 def fill(work, data, model, machine, args):
     """Encode this rank's chunks that are not done yet -> how many images are unreadable"""
     status, began, bad = work.status(), time.time(), 0
+    machine.mean(torch.zeros(1))  # all ranks have read it before one writes
     before = np.count_nonzero(status)
-    chunks = [c for c in chunks_of(len(data))[machine.rank :: machine.world]
-              if (status[c.start : c.stop] != 1).any()]
+    chunks = [c for c in chunks_of(len(data), 64) if (status[c.start : c.stop] != 1).any()]
+    chunks = chunks[machine.rank :: machine.world]
     for chunk, items in zip(chunks, data.batches(chunks)):
         good = np.array([not isinstance(x, str) for x in items])
         codes = np.zeros((len(items), *work.shape), work.dtype)
@@ -537,7 +536,8 @@ def fill(work, data, model, machine, args):
             images = readable([x for x in items if not isinstance(x, str)])
             views = [view for x in images for view in crops(
                 from_uint8(x).to(machine.device), args.image_size, args.views)]
-            views = torch.stack([model.encode(v).flatten(1) for v in views], dim=1)
+            views = [[model.encode(x) for x in v.split(16)] for v in views]  # to fit memory
+            views = torch.stack([torch.cat(v).flatten(1) for v in views], dim=1)
             codes[good] = views.cpu().numpy()                             # (b, views, h*w)
         work.write(chunk.start, codes, np.where(good, 1, 2).astype(np.uint8))
         bad += np.count_nonzero(~good)
@@ -599,8 +599,8 @@ def numbered(folder, shape, limit, expected=None):
     def load(i):
         x = load_item(path := f"{folder}/{i}.npy")
         if x.shape != shape or x.dtype.kind not in "iu" or x.min() < 0 or x.max() >= limit:
-            raise BadInput(f"{path}: {x.dtype} {x.shape}, {x.min()} to {x.max()}, expected "
-                           f"integers {shape}, 0 to {limit - 1}")
+            raise BadInput(f"{path}: {x.dtype} {x.shape}, expected integers {shape} from 0 to "
+                           f"{limit - 1}")
         return x
 
     with ThreadPoolExecutor(16) as pool:  # small files are waited for
@@ -628,7 +628,7 @@ def reconstruct(args):
 
     def reconstructions():
         nonlocal error, count
-        for items in data.batches():
+        for items in data.batches(chunks_of(len(data), 16)):
             (images,) = readable(items)
             again = to_uint8(model.decode(model.encode(from_uint8(images).to(machine.device))))
             error += np.square(images[inside].astype(float) - again[inside]).sum()
@@ -679,6 +679,7 @@ def main(argv=None):
     for name, right, expected in (
         ("command", args.command == "encode" or os.environ.get("WORLD_SIZE", "1") == "1",
          "encode where torchrun starts several processes"),
+        ("tokenizer", args.tokenizer or args.command in ("train", "pack"), "the tokenizer's file"),
         ("split", args.split in ("train", "val"), "train or val"),
         ("split", args.split == "train" or args.command == "encode", "train, except for encode"),
         ("views", args.views in ("center", "one", "ten_crop"), "center, one or ten_crop"),
