@@ -6,7 +6,7 @@ replaced by the nearest of a few codes, and a decoder turns codes back into an i
     python tokenizer.py train IMAGES tokenizer.pt --image_size 32     # a small one of one's own
     python tokenizer.py encode IMAGES DATA --tokenizer tokenizer.pt   # codes for npp.py --data DATA
     python tokenizer.py encode IMAGES_VAL DATA --tokenizer tokenizer.pt --split val
-    torchrun --nproc_per_node=8 tokenizer.py encode IMAGENET DATA --tokenizer vq_ds16_c2i.pt \
+    torchrun --nproc_per_node=8 tokenizer.py encode IMAGENET DATA --tokenizer vq_ds16_c2i.pt \\
         --views ten_crop --scales 1.1,1.05                            # as LlamaGen prepares it
     python tokenizer.py pack LLAMAGEN_CODES DATA                      # adopt what LlamaGen encoded
     python tokenizer.py reconstruct IMAGES out.png --tokenizer tokenizer.pt    # before/after, PSNR
