@@ -5,7 +5,7 @@
 
     train    a step at p = 1, 2, 4; as a ratio also the mean step of (2,1), by npp.spans' shares
     sample   npp.generate by batch, without and with guidance
-    data     npp.Codes.batch of ImageNet's shape, beside LlamaGen's small files; none from disk
+    data     npp.batch_at on ImageNet's shape, beside LlamaGen's small files; none from disk
     frechet  the distance of two full-rank Gaussians in 2048 dimensions, beside scipy
 
 A GPU runs bfloat16 (training: autocast), eager and compiled; a CPU float32. --peer, a checkout of
@@ -175,7 +175,7 @@ def data_rows(args, machine):
                  for i, view in rng.integers((files, views), size=(args.batch, 2))]
         return [torch.from_numpy(np.stack(x)) for x in zip(*pairs)]
 
-    return ({"data in one file": Row(lambda: data.batch(next(steps), cfg), args.batch),
+    return ({"data in one file": Row(lambda: npp.batch_at(data, next(steps), cfg), args.batch),
              "data in many files": Row(small_files, args.batch)},
             [("data, many files / one", {"data in many files": 1}, {"data in one file": 1}, None)])
 
