@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -647,6 +648,19 @@ def test_recomputed_activations_give_the_same_training(data, tmp_path):
     assert train(data, outs[0], dropout=0.1) == 0 == npp.main([*flags(
         data=data, out=outs[1], dropout=0.1, **SHORT), "--recompute"])
     assert same(weights(outs[0]), weights(outs[1])) and log(outs[0]) == log(outs[1])
+
+def test_readme_quotes_the_code_and_its_length():
+    with open(os.path.join(HERE, "README.md")) as f:
+        text = f.read()
+    with open(os.path.join(HERE, "npp.py")) as f:
+        code = f.read()
+    quotes = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(quotes) == 2 and all(quote in code for quote in quotes)
+    for name, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", text, re.M):
+        with open(os.path.join(HERE, name)) as f:
+            assert len(f.readlines()) == int(lines), name
+    for link in re.findall(r"\]\((?!http|#)(.*?)\)", text):
+        assert os.path.exists(os.path.join(HERE, link)), link
 
 # ---- 8. the command line -----------------------------------------------------------------------
 
