@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.linalg import sqrtm
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bench
 import common
@@ -661,6 +662,50 @@ def test_readme_quotes_the_code_and_its_length():
             assert len(f.readlines()) == int(lines), name
     for link in re.findall(r"\]\((?!http|#)(.*?)\)", text):
         assert os.path.exists(os.path.join(HERE, link)), link
+
+# ---- 7b. speed that can be checked without a clock ----------------------------------------------
+
+def prepared(device="cpu", **values):
+    """-> Config, model, optimizer, batch, Machine of a short training on 8 x 8 codes"""
+    cfg = npp.Config(model="tiny", batch=4, **values)
+    facts = {"vocab": 11, "grid": 8, "classes": range(3)}
+    batch = torch.randint(11, (4, 64)), torch.randint(3, (4,))
+    return cfg, *npp.build(cfg, facts, device), batch, common.Machine(cfg.dtype)
+
+def test_each_patch_size_is_compiled_once_and_whole():
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounter()
+    cfg, model, optimizer, batch, machine = prepared(dtype="float32")
+    compiled = torch.compile(model.cpu(), backend=graphs, dynamic=False, fullgraph=True)
+    machine.device = "cpu"
+    for p in (2, 2, 1, 1):
+        npp.train_step(compiled, optimizer, batch, p, cfg, machine)
+    assert graphs.frame_count == 2
+
+def test_attention_in_training_runs_in_the_flash_kernel():
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # any other would raise
+        small_model(grid=8).loss(torch.randint(11, (2, 64)), torch.tensor([0, 1]), 2).backward()
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+@gpu
+def test_a_step_on_a_gpu_waits_for_nothing():
+    cfg, model, optimizer, batch, machine = prepared("cuda")
+    batch = [x.pin_memory() for x in batch]
+    npp.train_step(model, optimizer, batch, 2, cfg, machine)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        npp.train_step(model, optimizer, batch, 2, cfg, machine)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+@gpu
+@pytest.mark.parametrize("p", (1, 2))
+def test_graphs_on_a_gpu_draw_what_single_steps_draw(p):
+    model, noise = small_model(grid=8).cuda(), torch.rand(3, 64, device="cuda")
+    labels = torch.tensor([0, 1, 2], device="cuda")
+    codes = [npp.generate(model, labels, 2.0, noise=noise, compile=x, p=p) for x in (False, True)]
+    assert torch.equal(*codes)
 
 # ---- 8. the command line -----------------------------------------------------------------------
 
