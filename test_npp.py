@@ -40,7 +40,7 @@ INCEPTION = os.path.join(HERE, "data", "golden", "inception_random.npz")
 # What LlamaGen's VQModel makes of images, with the weights of random_vq(): data/golden/README.md
 VQ = os.path.join(HERE, "data", "golden", "vq_random.npz")
 
-# ---- helpers ----------------------------------------------------------------------------------
+# ---- helpers ------------------------------------------------------------------------------------
 
 @pytest.fixture(autouse=True)
 def seeded():
@@ -121,7 +121,7 @@ def wait_for_step(out, step, seconds=60):
 def relative(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
-# ---- 1. the method -----------------------------------------------------------------------------
+# ---- 1. the method ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("p", PATCH_EDGES)
 def test_patches_and_targets_equal_naive_loops(p):
@@ -188,7 +188,7 @@ def test_rotary_scores_depend_on_relative_positions_only():
     assert (score((0, 1), (2, 3)) - score((0, 1), (3, 2))).abs() > 1e-3
     assert rope.shape == (1 + h * h, 8, 2) and rope[0].abs().max() == 0
 
-# ---- 2. the official code ----------------------------------------------------------------------
+# ---- 2. the official code -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("p", PATCH_EDGES)
 def test_logits_loss_gradient_and_rope_equal_the_official_code(golden, p):
@@ -240,7 +240,7 @@ def test_cost_without_the_class_position_is_table_3s():
         huge = [npp.cost("B", x, lam, grid=2**12)[0] for x in (patches, (1,))]  # 1 of 2^24 + 1
         assert f"{huge[0] / huge[1]:.3f}" == printed
 
-# ---- 3. the transformer ------------------------------------------------------------------------
+# ---- 3. the transformer -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("p", PATCH_EDGES)
 def test_no_gradient_reaches_the_future(p):
@@ -287,7 +287,7 @@ def test_bfloat16_weights_keep_a_float32_rope():
     rounded = model.bfloat16()(*batch)
     assert rounded.dtype == torch.float32 and relative(rounded, exact) < 0.05
 
-# ---- 4. sampling -------------------------------------------------------------------------------
+# ---- 4. sampling --------------------------------------------------------------------------------
 
 def test_codes_follow_the_inverse_of_the_distribution():
     logits = torch.tensor([0.5, 0.25, 0.25]).log().expand(5, 3)
@@ -340,7 +340,7 @@ def test_patchwise_sampling_draws_every_code_of_a_patch_from_one_distribution():
     codes = npp.patch_targets(npp.generate(model, labels, noise=noise, p=2), 2)
     assert (codes == codes[..., :1]).all() and len(codes.unique()) > 1
 
-# ---- 5. data -----------------------------------------------------------------------------------
+# ---- 5. data ------------------------------------------------------------------------------------
 
 def test_an_epoch_visits_every_image_once(data):
     codes, cfg = common.Codes(data), npp.Config(batch=36, class_dropout=0)  # 96 images
@@ -367,7 +367,7 @@ def test_views_and_null_labels_are_drawn_at_random(data):
     first = (batch.numpy() == codes.codes[index, 0]).all(1)
     assert 0.4 < first.mean() < 0.75  # a third of the images have two equal views
 
-# ---- 6. training -------------------------------------------------------------------------------
+# ---- 6. training --------------------------------------------------------------------------------
 
 def test_a_run_leaves_logs_checkpoints_and_no_rubbish(data, tmp_path):
     out = str(tmp_path / "run")
@@ -476,7 +476,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(data, tmp_path):
     assert done.stderr.count("\n") == 1 and "nothing is changed" in done.stderr
     assert same(before, weights(out)) and not os.path.exists(out + "/ckpt.pt.part")
 
-# ---- 7. bad input: one line, exit code 2 -------------------------------------------------------
+# ---- 7. bad input: one line, exit code 2 --------------------------------------------------------
 
 def refuses(capsys, arguments, *words, main=npp.main):
     assert main(arguments) == 2
@@ -563,6 +563,8 @@ def test_codes_of_another_tokenizer_are_refused(tmp_path, capsys):
     data = write_data(tmp_path / "data", tokenizer="tokenizer.pt", tokenizer_sha256="0" * 64)
     tokenizer.save_tokenizer(os.path.join(data, "tokenizer.pt"), model)
     refuses(capsys, flags(data=data, out=tmp_path / "run", **SHORT), "sha256", "0000")
+
+# ---- 8. published weights, and samples at scale -------------------------------------------------
 
 @pytest.fixture
 def published(tmp_path):
@@ -663,7 +665,7 @@ def test_readme_quotes_the_code_and_its_length():
     for link in re.findall(r"\]\((?!http|#)(.*?)\)", text):
         assert os.path.exists(os.path.join(HERE, link)), link
 
-# ---- 7b. speed that can be checked without a clock ----------------------------------------------
+# ---- 9. speed that can be checked without a clock -----------------------------------------------
 
 def prepared(device="cpu", **values):
     """-> Config, model, optimizer, batch, Machine of a short training on 8 x 8 codes"""
@@ -707,7 +709,7 @@ def test_graphs_on_a_gpu_draw_what_single_steps_draw(p):
     codes = [npp.generate(model, labels, 2.0, noise=noise, compile=x, p=p) for x in (False, True)]
     assert torch.equal(*codes)
 
-# ---- 8. the command line -----------------------------------------------------------------------
+# ---- 10. the command line -----------------------------------------------------------------------
 
 def test_every_flag_is_explained_by_help(capsys):
     with pytest.raises(SystemExit) as stop:
@@ -733,7 +735,7 @@ def test_tiny_brings_its_own_recipe_and_the_others_the_papers():
     assert (half.epochs, half.steps) == (0.5, 0)
     assert all(type(f.default) is f.type for f in npp.fields(npp.Config))
 
-# ---- 9. the tokenizer and the embedded data ----------------------------------------------------
+# ---- 11. the tokenizer and the embedded data ----------------------------------------------------
 
 def test_vq16_has_the_published_names_and_size():
     with torch.device("meta"):
@@ -832,7 +834,7 @@ def test_bad_arguments_of_the_tokenizer_are_named(tmp_path, capsys, monkeypatch,
     refuses(capsys, arguments, word, main=tokenizer.main)
     assert not os.path.exists("x")
 
-# ---- 9b. the tokenizer at full size ------------------------------------------------------------
+# ---- 12. the tokenizer at full size -------------------------------------------------------------
 
 @functools.cache
 def random_vq(name):
@@ -1213,7 +1215,7 @@ def test_dry_run_of_the_whole_recipe_at_64_pixels(tmp_path, capsys):
     assert npp.main(flags(sample=os.path.join(out, "ckpt.pt"), n=20, out=samples)) == 0
     assert fid.Images(samples)[:20].shape == (20, 64, 64, 3)
 
-# ---- 10. helpers for the metrics ---------------------------------------------------------------
+# ---- 13. helpers for the metrics ----------------------------------------------------------------
 
 @functools.cache
 def random_inception():
@@ -1271,7 +1273,7 @@ def frechet_of_features(x, y):
     shift = np.sum((x.mean(0) - y.mean(0)) ** 2)
     return shift + np.sum(a**2) + np.sum(b**2) - 2 * np.linalg.norm(a @ b.T, "nuc")
 
-# ---- 11. Inception and the Frechet distance ----------------------------------------------------
+# ---- 14. Inception and the Frechet distance -----------------------------------------------------
 
 def test_inception_has_the_published_shape():
     state = random_inception()
@@ -1338,7 +1340,7 @@ def test_frechet_distance_to_itself_is_zero_and_order_does_not_matter():
     assert abs(fid.frechet_distance(*b, *b)) < 1e-10 * np.trace(b[1])
     assert fid.frechet_distance(*a, *b) == pytest.approx(fid.frechet_distance(*b, *a), rel=1e-12)
 
-# ---- 12. the other metrics, against the plainest code ------------------------------------------
+# ---- 15. the other metrics, against the plainest code -------------------------------------------
 
 def test_streamed_moments_equal_numpys_even_far_from_zero():
     x = generator(0).standard_normal((1000, 20)) + 1000
@@ -1388,7 +1390,7 @@ def test_kid_is_unbiased():
     draws = [fid.kid(x, y) for x, y in pairs]
     assert abs(np.mean(draws)) < 3 * np.std(draws) / 20 and min(draws) < 0
 
-# ---- 13. samples and references ----------------------------------------------------------------
+# ---- 16. samples and references -----------------------------------------------------------------
 
 @pytest.mark.parametrize("compression", [0, 8, 12])  # stored, deflate, bz2
 def test_npz_is_read_in_slices_in_any_order(tmp_path, compression):
@@ -1494,7 +1496,7 @@ def test_training_learns_and_leaves_a_reference(tmp_path, capsys):
     report = small_report(images, labels, data)
     assert report["class_accuracy"] > 0.9
 
-# ---- 14. bad input to fid.py -------------------------------------------------------------------
+# ---- 17. bad input to fid.py --------------------------------------------------------------------
 
 def bad(argv, capsys):
     out, err = refuses(capsys, argv, main=fid.main)
