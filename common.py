@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import signal
@@ -55,7 +56,7 @@ def one_line_errors(main):
         try:
             return main(argv)
         except (BadInput, OSError) as error:
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OSError):
                 print(f"{os.path.basename(main.__code__.co_filename)}: {error}", file=sys.stderr)
             return 2
         finally:
@@ -84,6 +85,10 @@ class Machine:
             dist.all_reduce(values)
         return values / self.world
 
+    def wait(self):
+        """Until all ranks are here"""
+        self.mean(torch.zeros(1))
+
     def gather(self, array):
         """An array of one shape on all ranks -> [that of each] on rank 0, [] on the others"""
         if self.world == 1:
@@ -93,14 +98,26 @@ class Machine:
         dist.gather(mine, parts)
         return [part.numpy() for part in parts or []]
 
+def check_ranges(flags, ranges):
+    """Raise BadInput for the first of `flags` out of its range. ranges: {range: names}, where what
+    is no range of numbers lists the words that are allowed."""
+    numbers = {"0 or more": lambda x: 0 <= x < math.inf, "1 or more": lambda x: 1 <= x < math.inf,
+               "more than 0": lambda x: 0 < x < math.inf, "0 to 1": lambda x: 0 <= x <= 1}
+    for expected, names in ranges.items():
+        right = numbers.get(expected, expected.split(", ").__contains__)
+        for name in names.split():
+            if not right(value := getattr(flags, name)):
+                raise BadInput(f"{name} is {value}, expected {expected}")
+
 def class_numbers(text, names, most=10):
     """Names or numbers with commas -> their numbers (n,) int64; by default at most `most` classes,
     spread evenly. Raises BadInput."""
+    numbers = [str(i) for i in range(len(names))]
     spread = np.linspace(0, len(names) - 1, min(most, len(names))).astype(int)
     try:
-        return torch.tensor([names.index(c) if c in names else range(len(names))[int(c)]
-                             for c in (text.split(",") if text else spread)])
-    except (ValueError, IndexError):
+        return torch.tensor([names.index(c) if c in names else numbers.index(c)
+                             for c in text.split(",")] if text else spread)
+    except ValueError:
         raise BadInput(f"classes is {text}, expected names like {names[0]}, or numbers from 0 to "
                        f"{len(names) - 1}") from None
 
@@ -120,7 +137,15 @@ def status(line):
     print(f"\r{line:<79}" if sys.stdout.isatty() else f"{line}\n", end="", flush=True)
 
 def clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes > 99 else (
+        f"{minutes}:{seconds:02}")
+
+def progress(done, before, total, began):
+    """Show how many of `total` images are done, of which `before` were when it `began`"""
+    speed = max(done - before, 1) / (time.time() - began)
+    left = clock((total - done) / speed)
+    status(f"{done:,} of {total:,} images  {speed:,.1f} img/s  {left} left")
 
 def brief(error):
     return f"{type(error).__name__}: " + " ".join(str(error).split())[:200]
@@ -144,7 +169,9 @@ def write_atomically(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into the latter
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise  # those are the words of torch.save for a full disk
         raise BadInput(f"{path}: cannot be written, nothing is changed ({brief(error)})") from None
     finally:
         if os.path.exists(part):
@@ -258,5 +285,4 @@ def watched(chunks, n):
     for images in chunks:
         yield images
         done += len(images)
-        speed = done / (time.time() - began)
-        status(f"{done:,} of {n:,}  {speed:,.1f} img/s  {clock((n - done) / speed)} left")
+        progress(done, 0, n, began)

@@ -6,11 +6,10 @@ only changes how it is trained: first on patches, p x p codes whose embeddings a
 weights, on single codes. Sampling stays plain next-token prediction. --patches 1 is LlamaGen.
 
     python npp.py                                      # minutes on a CPU, ends with pictures
-    torchrun npp.py --model B                          # the paper's recipe on the same small data
     torchrun --nproc_per_node=8 npp.py --model B --data codes/imagenet256          # the paper
     python npp.py --model XXL --patches 8,4,2,1 --plan --data none    # what a schedule would cost
     python npp.py --sample out/tiny/ckpt.pt --classes Sandal,Bag --out bags.png
-    torchrun --nproc_per_node=8 -- npp.py --sample c2i_B_256.pt --tokenizer vq_ds16_c2i.pt --n 50000
+    torchrun --nproc_per_node=8 -- npp.py --sample W.pt --tokenizer VQ.pt --n 50000 --out b.npz
 
 Shapes: B images of N = h * w codes, patches of K = p * p codes, D width, V vocabulary.
 """
@@ -33,8 +32,8 @@ from einops import rearrange, reduce, repeat
 from torch.utils.checkpoint import checkpoint
 
 import fid
-from common import (BadInput, Codes, Machine, Parser, brief, class_numbers, clock, cut_log,
-                    generator, load_file, one_line_errors, save_npz, save_rows, status,
+from common import (BadInput, Codes, Machine, Parser, brief, check_ranges, class_numbers, clock,
+                    cut_log, generator, load_file, one_line_errors, save_npz, save_rows, status,
                     stop_signals, to_uint8, watched, write_atomically)
 from tokenizer import load_tokenizer
 
@@ -78,7 +77,7 @@ class Config:
     plan: bool = False           # instead of training, print what it would cost
     tflops: float = 400.0        # TFLOP/s that --plan reckons with
     sample: str = ""             # instead of training, draw samples from this checkpoint
-    classes: str = ""            # names or numbers, with commas; random; or in turn (in a .png ten)
+    classes: str = ""            # to draw: names or numbers with commas, or random (all in turn)
     n: int = 0                   # number of samples (10 a class)
     cfg_scale: float = 2.0       # guidance scale; 1: none
     temperature: float = 1.0     # divides the logits
@@ -90,6 +89,12 @@ class Config:
 
 NAMES = [f.name for f in fields(Config)]
 RECIPE = NAMES[NAMES.index("model") : NAMES.index("micro_batch")]  # what decides the result
+RANGES = {
+    "0 or more": "steps n micro_batch image_size image_size_eval seed top_k temperature lr lr_min "
+                 "weight_decay warmup_epochs",
+    "1 or more": "batch log_every eval_every save_every", "0 to 1": "dropout class_dropout "
+    "decay_frac", "more than 0": "epochs clip top_p tflops", ", ".join(SIZES): "model",
+    "auto, true, false": "compile", "auto, float32, bfloat16": "dtype"}
 TINY = dict(steps=1200, batch=64, lr=8e-3, dropout=0, log_every=25, eval_every=200, save_every=200)
 
 # ---- 1. Next patch prediction ------------------------------------------------------------------
@@ -162,8 +167,8 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, rope, cache=None, position=None, seen=None):
-        """x (B, S, D) -> same; with a cache (2, B, H, N, head_dim), x is the one at `position` (1,)
-        and attends to those of the first positions that are `seen` (1, filled)"""
+        """x (B, S, D) -> same; with a cache of k and v (B, H, N, head_dim), x is the one at
+        `position` (1,) and attends to those of the first positions that are `seen` (1, filled)"""
         q, k, v = rearrange(self.wqkv(x), "b s (qkv h d) -> qkv b h s d", qkv=3, h=self.n_head)
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is None:
@@ -299,10 +304,10 @@ def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, 
     noise = patch_targets(noise, p)                                       # (B, N/K, K)
     n, rope = noise.shape[1], rope_2d(model.grid // p, model.head_dim, device)
     codes = torch.zeros_like(noise, dtype=torch.long)
-    if guided:  # both in one batch
-        labels = torch.cat([labels, torch.full_like(labels, model.classes)])
+    labels = torch.cat([labels] + [torch.full_like(labels, model.classes)] * guided)  # both at once
     x, position = model.embed_class(labels), torch.zeros(1, dtype=torch.long, device=device)
-    cache = x.new_zeros(len(model.layers), 2, len(x), model.n_head, n, model.head_dim)
+    cache = [[x.new_zeros(len(x), model.n_head, n, model.head_dim) for _ in "kv"]
+             for _ in model.layers]  # apart: of one tensor a compiled step copies all in each layer
     run = torch.compile(model.run, dynamic=False) if compile else model.run
 
     def step(filled):  # all in place and on the device, so that a CUDA graph can repeat it
@@ -366,20 +371,14 @@ def check(cfg, facts, world=1):
     falling = all(a > b for a, b in zip(cfg.patches, cfg.patches[1:])) and cfg.patches[-1] == 1
     grid, micro = facts["grid"], cfg.micro_batch or max(1, cfg.batch // world)
     for right, name, expected in (
-        (cfg.model in SIZES, "model", f"one of {', '.join(SIZES)}"),
+        (grid > 0, "image_size", "16 or more"),
         (falling, "patches", "edges that decrease to 1"),
         (falling and all(grid % p == 0 for p in cfg.patches), "patches", f"divisors of {grid}"),
         (0 < cfg.lam < 1, "lam", "more than 0 and less than 1"),
         (cfg.steps > 0, "steps", "at least 1"),
         (cfg.plan or cfg.data != "none", "data", "a folder of codes to train on"),
-        (min(cfg.log_every, cfg.eval_every, cfg.save_every) > 0, "log_every", "1 or more"),
-        (0 <= cfg.dropout < 1, "dropout", "0 or more and less than 1"),
-        (cfg.seed >= 0, "seed", "0 or more"),
-        (cfg.tflops > 0, "tflops", "more than 0"),
         (micro > 0 and cfg.batch > 0 and cfg.batch % (world * micro) == 0, "batch",
          f"a multiple of {world} ranks x micro_batch {micro}"),
-        (cfg.compile in ("auto", "true", "false"), "compile", "auto, true or false"),
-        (cfg.dtype in ("auto", "float32", "bfloat16"), "dtype", "auto, float32 or bfloat16"),
     ):
         if not right:
             raise BadInput(f"{name} is {getattr(cfg, name)}, expected {expected}")
@@ -453,7 +452,7 @@ def train(cfg):
     machine, data = Machine(cfg.dtype), Codes(cfg.data)
     facts, cfg = data.facts, check(cfg, data.facts, machine.world)
     schedule, path = (cfg.steps, cfg.patches, cfg.lam), partial(os.path.join, cfg.out)
-    leader, show = machine.rank == 0, class_numbers(cfg.classes, facts["classes"])
+    leader, classes = machine.rank == 0, class_numbers(cfg.classes, facts["classes"])
     say = print if leader else (lambda _: None)
     facts["tokenizer"] = cfg.tokenizer or facts["tokenizer"]
     tokenizer = facts["tokenizer"] and load_tokenizer(facts["tokenizer"], machine.device, facts)
@@ -473,15 +472,15 @@ def train(cfg):
                  "config": asdict(cfg), **facts}
         write_atomically(path(name), lambda f: torch.save(state, f))
 
+    def fetch(step):  # pinned, so that the copy to the GPU makes nobody wait
+        return [x.pin_memory() if machine.gpu else x for x in batch_at(data, step, cfg, rows)]
+
     if leader:
         cut_log(path("log.jsonl"), first)
         if first == 0:
             save("ckpt.pt", 0)                                            # the folder is taken
     say(f"{cfg.model}, {model.size():,} parameters; {facts['images']:,} images; "
         f"steps {first:,} to {cfg.steps:,}; in {cfg.out}")
-
-    def fetch(step):  # pinned, so that the copy to the GPU makes nobody wait
-        return [x.pin_memory() if machine.gpu else x for x in batch_at(data, step, cfg, rows)]
 
     losses, began, tick = [], time.time(), time.time()
     with ThreadPoolExecutor(1) as pool, stop_signals() as stop:
@@ -513,16 +512,18 @@ def train(cfg):
                     with open(path("log.jsonl"), "a") as f:
                         f.write(json.dumps(record) + "\n")
                     progress(record, cfg, first, began)
-                losses, tick = [], time.time()
+                losses = []
             if leader and done == end:
-                for name, each in (f"samples_p{p}", 5), ("samples", 10):
-                    if tokenizer and (each == 5 or done == cfg.steps):
-                        images = draw(model, tokenizer, show.repeat(each), cfg, p)
-                        save_rows(path(f"{name}.png"), images, len(show))
+                pictures = [(f"samples_p{p}", 5)] + [("samples", 10)] * (done == cfg.steps)
+                for name, each in pictures if tokenizer else []:
+                    images = draw(model, tokenizer, classes.repeat(each), cfg, p)
+                    save_rows(path(f"{name}.png"), images, len(classes))
                 save(f"ckpt_p{p}.pt", done)
             if leader and keep:
                 save("ckpt.pt", done)                                     # last: it vouches for all
+            tick = tick if losses else time.time()                        # without all of that
             if stopped:
+                machine.wait()  # torchrun kills a leader that still saves, once another has ended
                 say(f"\nstopped after step {done:,}: the same command goes on from there")
                 return 130
     if tokenizer:
@@ -553,7 +554,7 @@ def draw(model, tokenizer, labels, cfg, p=1, machine=None):
     full, the last beyond the end: one shape to compile, the same numbers with any world."""
     rank, world = (machine.rank, machine.world) if machine else (0, 1)
     device, n = model.output.weight.device, len(labels)
-    chunk = min(n, cfg.micro_batch or (128 if device.type == "cuda" else 25))
+    chunk = min(n, cfg.micro_batch or 25)
     for first in range(0, n, chunk * world):
         i = (torch.arange(chunk) + first + chunk * rank) % n
         noise = noise_of(cfg.seed, i, model.grid**2).to(device)
@@ -565,8 +566,7 @@ def draw(model, tokenizer, labels, cfg, p=1, machine=None):
             images = F.interpolate(images, (cfg.image_size_eval,) * 2, mode="bicubic")
         images = to_uint8(images)
         for r, part in enumerate(machine.gather(images) if machine else [images]):
-            if first + chunk * r < n:
-                yield part[: n - first - chunk * r]
+            yield part[: max(0, n - first - chunk * r)]
 
 def sample(cfg):
     """Draw samples from the checkpoint cfg.sample into cfg.out: a .png, or an .npz for fid.py
@@ -575,9 +575,8 @@ def sample(cfg):
     protocol, their shares differ from run to run, and scores with them."""
     machine, out, model = Machine(cfg.dtype), cfg.out or "samples.png", load_model(cfg.sample)
     png, names, known = out.endswith(".png"), model.facts["classes"], model.facts["grid"]
-    if not out.endswith((".png", ".npz")) or min(cfg.n, cfg.image_size_eval, cfg.seed) < 0:
-        raise BadInput(f"{out}: n {cfg.n}, image_size_eval {cfg.image_size_eval}, seed {cfg.seed}, "
-                       "expected .png or .npz, and no negative number")
+    if not out.endswith((".png", ".npz")):
+        raise BadInput(f"{out}: expected .png or .npz")
     if not (path := cfg.tokenizer or model.facts["tokenizer"]):
         raise BadInput(f"{cfg.sample}: does not name its tokenizer, expected --tokenizer")
     tokenizer = load_tokenizer(path, machine.device, model.facts)
@@ -644,6 +643,7 @@ def parse(argv):
 @one_line_errors
 def main(argv=None):
     cfg = parse(argv)
+    check_ranges(cfg, RANGES)
     return (plan if cfg.plan else sample if cfg.sample else train)(cfg)
 
 if __name__ == "__main__":

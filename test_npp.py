@@ -261,7 +261,7 @@ def test_cached_logits_equal_uncached(p):
     x = npp.patchify(model.tok_embeddings(codes), p)
     x = torch.cat([model.embed_class(labels), x[:, :-1]], dim=1)
     rope = npp.rope_2d(4 // p, model.head_dim)
-    cache = torch.zeros(2, 2, 3, 2, positions, model.head_dim)
+    cache = [torch.zeros(2, 3, 2, positions, model.head_dim) for _ in range(2)]  # k and v by layer
     filled = [positions // 2] * (positions // 2) + [positions] * (positions // 2)  # as in a graph
     steps = [model.run(x[:, i : i + 1], rope[i : i + 1], cache, torch.tensor([i]),
                        torch.arange(filled[i])[None] <= i) for i in range(positions)]
@@ -493,7 +493,11 @@ def refuses(capsys, arguments, *words, main=npp.main):
     ({"micro_batch": 3}, "batch is 8"), ({"batch": 0}, "batch is 0"), ({"lr": "fast"}, "lr"),
     ({"steps": -1}, "steps is -1"), ({"dtype": "float8"}, "dtype is float8"),
     ({"stepz": 3}, "stepz"), ({"data": "none"}, "data is none"), ({"seed": -1}, "seed is -1"),
-    ({"log_every": 0}, "log_every is 0"), ({"micro_batch": -1}, "micro_batch -1"),
+    ({"log_every": 0}, "log_every is 0"), ({"micro_batch": -1}, "micro_batch is -1"),
+    ({"epochs": "nan"}, "epochs is nan"), ({"lr": -1}, "lr is -1"), ({"clip": 0}, "clip is 0"),
+    ({"save_every": 0}, "save_every is 0"), ({"sample": "c.pt", "micro_batch": -1}, "micro_batch"),
+    ({"sample": "c.pt", "dtype": "float8"}, "dtype is float8, expected auto, float32, bfloat16"),
+    ({"sample": "c.pt", "top_p": 0}, "top_p is 0"), ({"class_dropout": 2}, "class_dropout is 2"),
     ({"dropout": 1.5}, "dropout is 1.5"), ({"tokenizer": "no.pt"}, "no.pt"),
     ({"classes": "class 9"}, "class 9"), ({"init": "no.pt"}, "no.pt"),
 ])
@@ -822,6 +826,9 @@ def test_an_unreadable_image_is_named_and_the_rest_encoded(tmp_path, capsys):
     (["encode", "images", "x", "--tokenizer", "none.pt"], "none.pt"),
     (["encode", "images", "x", "--tokenizer", "t.pt", "--image_size", "18"], "multiple of 4"),
     (["encode", "images", "x", "--tokenizer", "t.pt", "--split", "test"], "split is test"),
+    (["train", "images", "x", "--codebook_size", "0"], "codebook_size is 0, expected 1 or more"),
+    (["train", "images", "x", "--ch_mult", "0,1"], "ch_mult is (0, 1)"),
+    (["reconstruct", "images", "x.png", "--tokenizer", "t.pt", "--image_size", "0"], "image_size"),
     (["enkode", "images", "x"], "enkode"), (["train", "images", "x", "--ch", "20"], "ch is 20"),
 ])
 def test_bad_arguments_of_the_tokenizer_are_named(tmp_path, capsys, monkeypatch, arguments, word):

@@ -38,8 +38,9 @@ from einops import rearrange
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from common import (BadInput, Machine, Parser, brief, from_uint8, generator, load_file,
-                    one_line_errors, save_grid, save_npz, sha256, to_uint8, write_atomically)
+from common import (BadInput, Machine, Parser, brief, check_ranges, from_uint8, generator,
+                    load_file, one_line_errors, progress, save_grid, save_npz, sha256, to_uint8,
+                    write_atomically)
 
 # ---- 1. Model, its parts named as in the published vq_ds16_c2i.pt and vq_ds8_c2i.pt -------------
 
@@ -294,12 +295,12 @@ def train(args):
     """Train a small VQModel on squared error: LlamaGen's perceptual and adversarial losses need
     pretrained networks. Codes not used for 100 steps move onto features of the current batch, so
     that the whole book is put to work."""
-    data = Images(args.images, args.image_size)
-    (images,) = readable([data[i] for i in range(len(data))])
     torch.manual_seed(args.seed)
     device = Machine().device
     model = VQModel(args.codebook_size, 8, args.ch, args.ch_mult, args.z_channels).to(device)
     fits(args.image_size, model)
+    data = Images(args.images, args.image_size)
+    (images,) = readable([data[i] for i in range(len(data))])
     book = model.quantize["embedding"].weight
     book.data.normal_()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99))
@@ -398,13 +399,6 @@ def publish(out, suffix, meta, rows, views, labels, tokenizer):
     if not suffix:
         write_atomically(path("meta.json"), lambda f: f.write(as_json(meta)))
 
-def progress(now, before, total, began):
-    """One line: `now` of `total` images, of which `before` were there when it `began`"""
-    speed = max(now - before, 1) / (time.time() - began)
-    left = int((total - now) / speed)                                     # in seconds
-    print(f"\r{now:,} of {total:,} images  {speed:,.1f} images/s  "
-          f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", end="   ", flush=True)
-
 # ---- 5. Images to codes --------------------------------------------------------------------------
 
 VIEWS = {"center": 2, "one": 1, "ten_crop": 10}
@@ -457,11 +451,12 @@ class Work:
 
     def rows(self, used):
         """The codes of all readable images in parts, of which `used` (vocab,) takes note"""
+        good = self.status() == 1
         with open(self.file("codes"), "rb") as f:
             for chunk in chunks_of(self.n, 4096):
                 codes = np.fromfile(f, self.dtype, len(chunk) * math.prod(self.shape))
                 codes = codes.reshape(-1, *self.shape)
-                codes = codes[self.status()[chunk.start : chunk.stop] == 1]
+                codes = codes[good[chunk.start : chunk.stop]]
                 used[codes] = True
                 yield codes
 
@@ -491,10 +486,10 @@ def encode(args):
         raise BadInput(f"{path}: another encoding is under way, {differences(found, plan, plan)}; "
                        "expected the same, or that you delete it")
     work = Work(path, plan, len(data), views)
-    machine.mean(torch.zeros(1))  # all ranks have looked before one writes
+    machine.wait()  # all ranks have looked before one writes
     if machine.rank == 0 and not found:
         work.create()
-    machine.mean(torch.zeros(1))
+    machine.wait()
     bad = torch.tensor(float(fill(work, data, model, machine, args)))
     bad = round(machine.mean(bad).item() * machine.world)                 # of all ranks
     if machine.rank:
@@ -523,7 +518,7 @@ def of_train(out, meta):
 def fill(work, data, model, machine, args):
     """Encode this rank's chunks that are not done yet -> how many images are unreadable"""
     status, began, bad = work.status(), time.time(), 0
-    machine.mean(torch.zeros(1))  # all ranks have read it before one writes
+    machine.wait()  # all ranks have read it before one writes
     before = np.count_nonzero(status)
     chunks = [c for c in chunks_of(len(data), 64) if (status[c.start : c.stop] != 1).any()]
     chunks = chunks[machine.rank :: machine.world]
@@ -676,18 +671,20 @@ def main(argv=None):
     ):
         parser.add_flag(flag, default, text)
     args = parser.parse_args(argv)
+    check_ranges(args, {
+        "1 or more": "image_size steps batch codebook_size z_channels", "train, val": "split",
+        "0 or more": "lr seed margin", "center, one, ten_crop": "views"})
     for name, right, expected in (
         ("command", args.command == "encode" or os.environ.get("WORLD_SIZE", "1") == "1",
          "encode where torchrun starts several processes"),
         ("tokenizer", args.tokenizer or args.command in ("train", "pack"), "the tokenizer's file"),
-        ("split", args.split in ("train", "val"), "train or val"),
         ("split", args.split == "train" or args.command == "encode", "train, except for encode"),
-        ("views", args.views in ("center", "one", "ten_crop"), "center, one or ten_crop"),
         ("views", args.views != "ten_crop" or args.split == "train", "center or one for val"),
         ("scales", re.fullmatch(r"[1-9]\d*(\.\d+)?(,[1-9]\d*(\.\d+)?)*", args.scales),
          "numbers of 1 or more, with commas"),
-        ("margin", 0 <= 2 * args.margin < args.image_size, "less than half of image_size"),
+        ("margin", 2 * args.margin < args.image_size, "less than half of image_size"),
         ("ch", args.ch in range(32, 1025, 32), "a multiple of 32"),
+        ("ch_mult", min(args.ch_mult) > 0, "1 or more each"),
     ):
         if not right:
             raise BadInput(f"{name} is {getattr(args, name)}, expected {expected}")
