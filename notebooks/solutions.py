@@ -44,3 +44,51 @@ share_three_quarters = 3 / 4 * 1 / 4 + 1 / 4 * 1
 
 # Exercise 3.4
 plain_epochs = 300 * npp.cost("B", (2, 1))[0] / npp.cost("B", (1,))[0]
+
+# Exercise 4.1
+plain_steps = round(steps * average / plain)
+
+# Exercise 4.2
+bits = 64 * loss / math.log(2)
+
+# Exercise 4.3
+def guided(c, u, s):
+    return u + s * (c - u)
+
+# Exercise 4.4
+def at_temperature(probs, T):
+    raised = probs ** (1 / T)
+    return raised / raised.sum(-1, keepdim=True)
+
+# Exercise 5.1
+def way(x, y):
+    return ((np.sort(x) - np.sort(y)) ** 2).mean()
+
+# Exercise 5.2
+def at_infinity(at_500, at_2000):
+    slope = (at_500 - at_2000) / (1 / 500 - 1 / 2000)
+    return at_2000 - slope / 2000
+
+# Exercise 5.3
+lower_without_trousers = "recall"
+recall_of_200 = 200 / 2000
+
+# Exercise 5.4
+goes_to_zero = "KID"
+
+# Exercise 6.1
+def perplexity(codes):
+    p = np.bincount(codes.flatten(), minlength=256) / codes.size
+    p = p[p > 0]
+    return np.exp(-(p * np.log(p)).sum())
+
+# Exercise 6.2
+candidates = [28, 32, 40, 48, 64, 66]
+possible = [size for size in candidates if size % 4 == 0 and size // 4 % 4 == 0]
+
+# Exercise 6.3
+visits = 16 * steps / len(codes)
+
+# Exercise 6.4
+def share_equal(a, b):
+    return (a == b).float().mean(1)
