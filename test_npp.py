@@ -29,6 +29,7 @@ import npp
 import tokenizer
 from data.fashion import features
 from common import generator
+from notebooks import evidence
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FASHION = os.path.join(HERE, "data", "fashion")
@@ -1640,3 +1641,63 @@ def test_train_features_wants_labels(tmp_path, capsys):
     assert "labels" in capsys.readouterr().err and not (tmp_path / "features.pt").exists()
     assert features.main(["missing.npz", "missing.npz", str(tmp_path)]) == 2
     assert "missing.npz" in capsys.readouterr().err
+
+# ---- 15. evidence ------------------------------------------------------------------------------
+
+def test_equal_cost_means_the_same_multiply_adds():
+    steps = round(1200 * evidence.RUNS["equal_cost"].share)
+    a, b = (evidence.spent(name, "tiny", n) for name, n in (("equal_cost", steps), ("2-1", 1200)))
+    assert steps == 757 and abs(a / b - 1) < 1e-3
+
+def test_rescaled_averages_are_as_large_as_embeddings():
+    x = torch.randn(4, 64, 256)
+    y = evidence.rescaled_embeddings()["patchify"](x, 2)
+    assert npp.patchify(x, 2).std() < 0.55 and abs(y.std() - 1) < 0.05
+
+def test_averaged_positions_put_patches_p_codes_apart():
+    q, k = torch.randn(2, 1, 1, 1, 32).expand(2, 1, 1, 65, 32)  # the same vector everywhere
+    codes, patches = npp.rope_2d(8, 32), evidence.averaged_positions()["rope_2d"](4, 32)
+
+    def score(rope, i, j):  # of positions in reading order, the class before them
+        return (npp.rotate(q[:, :, i:i + 1], rope[i:i + 1])
+                * npp.rotate(k[:, :, j:j + 1], rope[j:j + 1])).sum()
+
+    # one row down and one column right is five patches on, and two rows and columns of codes
+    torch.testing.assert_close(score(patches, 1, 6), score(codes, 1, 19))
+    assert (patches[0] == 0).all() and not torch.equal(patches[1:], npp.rope_2d(4, 32)[1:])
+
+def test_a_reset_optimizer_counts_the_steps_of_the_last_stage(data, tmp_path):
+    def steps(name):
+        saved = torch.load(tmp_path / name / "ckpt.pt", weights_only=True)
+        return {x["step"].item() for x in saved["optimizer"]["state"].values()}
+
+    assert train(data, tmp_path / "kept", patches="2,1") == 0 and steps("kept") == {24}
+    with evidence.patch.multiple(npp, **evidence.optimizer_reset()):
+        assert train(data, tmp_path / "reset", patches="2,1") == 0
+    assert steps("reset") == {12}
+
+def test_the_doubled_rate_is_doubled_only_where_p_is_2():
+    doubled = evidence.double_rate()["lr_at"]
+    rest = 1200, (2, 1), 0.5, 1e-3, 0, 50, 0.2
+    assert doubled(300, *rest) == 2 * npp.lr_at(300, *rest)
+    assert doubled(900, *rest) == npp.lr_at(900, *rest)
+
+def test_the_report_says_lower_only_where_seeds_separate():
+    a = {0: 1.0, 1: 2.0, 2: 3.0}
+    assert evidence.versus({s: x - 0.1 - s / 1e3 for s, x in a.items()}, a, 2).endswith("lower")
+    assert evidence.versus({0: 0.9, 1: 2.2, 2: 2.8}, a, 2).endswith("not separated")
+    assert evidence.versus({0: 0.9}, a, 2) == "–"
+
+def test_a_finished_run_of_the_grid_is_skipped(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evidence, "ROOT", str(tmp_path))  # where runs are put
+    path = tmp_path / "evidence.jsonl"
+    path.write_text(json.dumps(dict(run="plain", seed=7, size="tiny", grid_steps=6, batch=64)))
+    arguments = ["run", *flags(only="plain", seeds=7, steps=6, results=path)]
+    before = path.read_bytes()
+    assert evidence.main(arguments) == 0 and path.read_bytes() == before
+    assert not list(tmp_path.rglob("*.pt"))
+
+def test_the_grid_refuses_runs_it_does_not_know(tmp_path, capsys):
+    refuses(capsys, ["run", *flags(only="plain,3-1")], "only plain,3-1", main=evidence.main)
+    refuses(capsys, ["run", *flags(seeds=-1)], "seeds (-1,)", main=evidence.main)
+    refuses(capsys, ["report", *flags(results=tmp_path / "none")], "none", main=evidence.main)

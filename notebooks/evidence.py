@@ -12,6 +12,7 @@ Distances are FD(fashion-classifier), not FID: the features are those of data/fa
 
 import fcntl
 import json
+import math
 import os
 import platform
 import sys
@@ -124,48 +125,45 @@ PAPER = {  # Table 3: FID of sizes B and L on ImageNet; (4,1)'s by the differenc
 
 # ---- 3. One run: train, sample, score ----------------------------------------------------------
 
-class Judge:
-    """The tokenizer, classifier and reference of the data, that make and score samples"""
-    def __init__(self, dtype):
-        machine = Machine(dtype)
-        self.device, self.dtype = machine.device, [torch.float32, torch.bfloat16][machine.bfloat16]
-        self.tokenizer = load_tokenizer(FACTS["tokenizer"], self.device, FACTS)
-        self.net = fid.load_network(os.path.join(DATA, "features.pt"), self.device)
-        fid.LEADER = False     # no progress lines between ours
-
-    @torch.no_grad()
-    def score(self, model, n, guidance, seed):
-        """-> dict of the scores of n samples, of all classes in turn"""
-        labels = torch.arange(n) % len(FACTS["classes"])
-        cfg = npp.Config(seed=seed, cfg_scale=guidance, micro_batch=CHUNK)
-        images = np.concatenate(list(npp.draw(model, self.tokenizer, labels, cfg)))
-        reference = os.path.join(DATA, "reference.npz")
-        return {"guidance": guidance, **fid.evaluate(self.net, images, labels.numpy(), reference)}
+@torch.no_grad()
+def score(model, n, guidance, seed):
+    """-> dict of the scores of n samples, of all classes in turn; of FEW, two scores alone"""
+    device, labels = model.output.weight.device, torch.arange(n) % len(FACTS["classes"])
+    tokenizer = load_tokenizer(FACTS["tokenizer"], device, FACTS)
+    net = fid.load_network(os.path.join(DATA, "features.pt"), device)
+    cfg = npp.Config(seed=seed, cfg_scale=guidance, micro_batch=CHUNK)
+    images = np.concatenate(list(npp.draw(model, tokenizer, labels, cfg)))
+    reference = os.path.join(DATA, "reference.npz")
+    if n == FEW:               # precision and recall would take longer than the samples
+        x, (moments,) = fid.extract(net, images)
+        (real, *_), right = fid.open_reference(reference, net)[0], net.logits(x).argmax(1).cpu()
+        return {FD: fid.frechet_distance(*moments.statistics(), *real),
+                "class_accuracy": (right == labels).double().mean().item()}
+    return {"guidance": guidance, **fid.evaluate(net, images, labels.numpy(), reference)}
 
 def clock():
     """Seconds of this process: of its CPU time, and on the wall"""
     return np.array([time.process_time(), time.perf_counter()])
 
-def train(run, seed, steps, size, out, judge):
+def train(run, seed, steps, size, out):
     """Train with npp.py itself -> seconds (CPU, wall) without evaluations, or None if resumed"""
-    spent, seen, validate = np.zeros(2), {}, npp.validate
+    aside, seen, validate = np.zeros(2), {}, npp.validate
 
     def validate_aside(model, *rest):
         began, seen["model"] = clock(), model
         loss = validate(model, *rest)
-        spent[:] += clock() - began
+        aside[:] += clock() - began
         return loss
 
-    def progress(record, *rest):
-        """In place of npp.py's line: every sixth of the run, scores along training"""
+    def progress(record, *rest):  # in place of npp.py's: every sixth of the run, with scores
         began = clock()
         if "val_loss" in record:
             print("  step {step:,}  p {p}  val {val_loss:.4f}".format(**record), flush=True)
         if "val_loss" in record and run.curve:
-            scores = judge.score(seen["model"], FEW, GUIDANCE, seed + 1000)
+            scores = score(seen["model"], FEW, GUIDANCE, seed + 1000)
             with open(os.path.join(out, "curve.jsonl"), "a") as f:
                 f.write(json.dumps([record["step"], scores[FD], scores["class_accuracy"]]) + "\n")
-        spent[:] += clock() - began
+        aside[:] += clock() - began
 
     every = max(1, steps // 6)
     flags = dict(data=DATA, out=out, model=size, patches=",".join(map(str, run.patches)),
@@ -176,7 +174,7 @@ def train(run, seed, steps, size, out, judge):
     with patch.multiple(npp, **replaced, **run.replaced()):
         if code := npp.main([x for k, v in flags.items() for x in (f"--{k}", str(v))]):
             sys.exit(code)     # npp.py has said why; stopped by a signal, the same command goes on
-    return [round(x, 1) for x in clock() - began - spent] if fresh else None
+    return [round(x, 1) for x in clock() - began - aside] if fresh else None
 
 def lines(path):
     """What a .jsonl holds, or nothing"""
@@ -185,39 +183,39 @@ def lines(path):
     with open(path) as f:
         return [json.loads(x) for x in f]
 
-def one(key, args, out, judge):
+def one(key, args, out):
     """-> the line of one run, a dict that begins with its key"""
-    run, seed, steps = RUNS[key["run"]], key["seed"], round(RUNS[key["run"]].share * args.steps)
+    run, seed, machine = RUNS[key["run"]], key["seed"], Machine(args.dtype)
+    steps, dtype = round(run.share * args.steps), "bfloat16" if machine.bfloat16 else "float32"
     torch.compiler.reset()     # on a GPU, or too many graphs pile up in one process
-    seconds = train(run, seed, steps, args.size, out, judge)
-    model = npp.load_model(os.path.join(out, "ckpt.pt")).to(judge.device, judge.dtype)
-    sweep = {g: judge.score(model, FEW, g, seed + 1000)[FD] for g in SWEEP}
-    best, fixed = min(sweep, key=sweep.get), judge.score(model, args.samples, GUIDANCE, seed)
+    seconds = train(run, seed, steps, args.size, out)
+    model = npp.load_model(os.path.join(out, "ckpt.pt")).to(machine.device, getattr(torch, dtype))
+    sweep = {g: score(model, FEW, g, seed + 1000)[FD] for g in SWEEP}
+    best, fixed = min(sweep, key=sweep.get), score(model, args.samples, GUIDANCE, seed)
     log = [x for x in lines(os.path.join(out, "log.jsonl")) if "val_loss" in x]
-    cpu, gpu = f"{platform.machine()} CPU", judge.device.type == "cuda"
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
         **key, "patches": run.patches, "lam": run.lam, "steps": steps,
         "cost": cost(run, args.size) * steps * key["batch"],              # forward multiply-adds
         "seconds": seconds, "val_loss": log[-1]["val_loss"], "fixed": fixed, "sweep": sweep,
-        "best": fixed if best == GUIDANCE else judge.score(model, args.samples, best, seed),
+        "best": fixed if best == GUIDANCE else score(model, args.samples, best, seed),
         "validation": [[x["step"], x["val_loss"]] for x in log],
         "curve": sorted({x[0]: x for x in lines(os.path.join(out, "curve.jsonl"))}.values()),
-        "machine": torch.cuda.get_device_name() if gpu else cpu,
-        "torch": torch.__version__, "samples_dtype": str(judge.dtype).removeprefix("torch.")}
+        "machine": torch.cuda.get_device_name() if machine.gpu else cpu,
+        "torch": torch.__version__, "samples_dtype": dtype}
 
 def run_grid(args):
     """Do what is not done; a lock on each run's folder, which dies with us, keeps others off it"""
     wanted = args.only.split(",") if args.only else list(RUNS)
-    if not ({*wanted} <= {*RUNS} and args.size in npp.SIZES and args.steps > 5
-            and args.samples >= FEW):
-        raise BadInput(f"only {args.only}, size {args.size}, steps {args.steps}, samples "
-                       f"{args.samples}: expected some of {', '.join(RUNS)}; one of "
-                       f"{', '.join(npp.SIZES)}; 6 or more; {FEW} or more")
-    judge, batch = Judge(args.dtype), npp.parse(["--model", args.size]).batch
+    if (not {*wanted} <= {*RUNS} or args.size not in npp.SIZES or min(args.seeds) < 0
+            or args.steps < 6 or args.samples <= FEW):
+        raise BadInput(f"only {args.only}, size {args.size}, seeds {args.seeds}, steps {args.steps}"
+                       f", samples {args.samples}: expected some of {', '.join(RUNS)}; one of "
+                       f"{', '.join(npp.SIZES)}; 0 or more; 6 or more; over {FEW}")
+    fid.LEADER, batch = False, npp.parse(["--model", args.size]).batch    # no progress lines
     for seed, name in product(args.seeds, wanted):
         key = dict(run=name, seed=seed, size=args.size, grid_steps=args.steps, batch=batch)
-        out = os.path.join(ROOT, "out", "evidence", f"{args.size}_{args.steps}_{batch}",
-                           f"{name}_s{seed}")
+        out = os.path.join(ROOT, "out", "evidence", f"{args.size}_{args.steps}", f"{name}_s{seed}")
         os.makedirs(out, exist_ok=True)
         with open(os.path.join(out, "lock"), "w") as lock:
             try:
@@ -227,7 +225,7 @@ def run_grid(args):
             if any(key.items() <= x.items() for x in lines(args.results)):
                 continue
             print(f"{name}, seed {seed}, from {time.strftime('%H:%M:%S')}", flush=True)
-            line = one(key, args, out, judge)
+            line = one(key, args, out)
             with open(args.results, "ab", buffering=0) as f:              # one write: never mixed
                 f.write(json.dumps(line).encode() + b"\n")
             print(f"  {FD} {line['fixed'][FD]:.4f}", flush=True)
@@ -244,17 +242,18 @@ COLORS = {"plain": "tab:blue", "2-1": "tab:orange", "equal_cost": "tab:green"}
 
 def values(found, name, column):
     """-> {seed: value} of one column of one run, without those that have none"""
-    some = {x["seed"]: SCORES[column][0](x) for x in found if x["run"] == name}
-    return {seed: some[seed] for seed in sorted(some) if some[seed] is not None}
+    some = sorted((x["seed"], SCORES[column][0](x)) for x in found if x["run"] == name)
+    return {seed: value for seed, value in some if value is not None}
 
-def share(name, size):
-    """Multiply-adds of a run, in those of the plain one"""
-    return RUNS[name].share * cost(RUNS[name], size) / cost(PLAIN, size)
+def spent(name, size, steps, until=math.inf):
+    """Multiply-adds of a run of `steps` until one of them, in those of a step at p = 1"""
+    return sum(max(0, min(until, end) - first) * cost(Run("", (p,)), size) / cost(PLAIN, size)
+               for p, first, end in npp.spans(steps, RUNS[name].patches, RUNS[name].lam))
 
-def spent(run, size, step, total):
-    """Multiply-adds until `step` of a run's `total`, in those of steps at p = 1"""
-    return sum(max(0, min(step, end) - first) * cost(Run("", (p,)), size) / cost(PLAIN, size)
-               for p, first, end in npp.spans(total, run.patches, run.lam))
+def share(found, name):
+    """Multiply-adds of a whole run, those of the plain one = 1"""
+    x = next(x for x in found if x["run"] == name)
+    return spent(name, x["size"], x["steps"]) / x["grid_steps"]
 
 def spread(x, digits):
     """Values -> their mean, and standard deviation where there are two, in words"""
@@ -283,7 +282,7 @@ def describe(found, size, steps, batch):
     columns, fixed = ("val. loss", "FD fixed", "FD best"), one["fixed"]
     ends = [[loss for _, loss in x["validation"][-4:]] for x in found if x["run"] == "plain"]
     falls = ", ".join(f"{x:+.3f}" for x in np.diff(ends).mean(0)) if ends else "unknown"
-    runs = [[RUNS[name].what, sum(x["run"] == name for x in found), f"{share(name, size):.3f}",
+    runs = [[RUNS[name].what, sum(x["run"] == name for x in found), f"{share(found, name):.3f}",
              *(spread([*values(found, name, c).values()], SCORES[c][1]) for c in SCORES),
              *PAPER.get(name, "––")] for name in names]
     differences = [[f"{RUNS[a].what} – {RUNS[b].what}", *(
@@ -310,24 +309,21 @@ def figure(found, size, path):
     """Scores along training, and of all runs at the end, against cost"""
     from matplotlib.figure import Figure  # of the extra `notebooks`, which runs do without
     fig = Figure((10, 7), layout="constrained")
-    axes, seen = fig.subplots(2, 2).flatten(), set()
-    for x in (x for x in found if x["run"] in COLORS):
-        run, label = RUNS[x["run"]], "_" * (x["run"] in seen) + RUNS[x["run"]].what  # _: no legend
-        for axis, key, column in zip(axes, ("validation", "curve", "curve"), (1, 1, 2)):
-            axis.plot([spent(run, size, y[0], x["steps"]) for y in x[key]],
-                      [y[column] for y in x[key]], ".-", color=COLORS[x["run"]], label=label)
-        seen.add(x["run"])
-    for axis, label in zip(axes, ("validation loss at p = 1, nats a code", f"{FD}, {FEW} samples",
-                                  f"class accuracy, {FEW} samples")):
+    axes = fig.subplots(2, 2).flatten()
+    for axis, key, i, label in zip(axes, ("validation", "curve", "curve"), (1, 1, 2), (
+            "validation loss at p = 1, nats a code", f"{FD}, {FEW} samples", "class accuracy")):
+        for x in (x for x in found if x["run"] in COLORS):
+            axis.plot([spent(x["run"], size, x["steps"], y[0]) for y in x[key]],
+                      [y[i] for y in x[key]], ".-", color=COLORS[x["run"]])
         axis.set(xlabel="cost so far, in steps at p = 1", ylabel=label)
-    axes[0].legend()
     for name in RUNS:
         if x := [*values(found, name, "FD fixed").values()]:
-            at = share(name, size), np.mean(x)
-            axes[3].errorbar(*at, np.std(x, ddof=len(x) > 1), fmt="o", capsize=3,
-                             color=COLORS.get(name, "gray"))
-            axes[3].annotate(name, at, (5, 4), textcoords="offset points", fontsize=8)
+            axes[3].errorbar(at := share(found, name), np.mean(x), np.std(x, ddof=len(x) > 1),
+                             fmt="o", capsize=3, color=COLORS.get(name, "gray"),
+                             label=RUNS[name].what if name in COLORS else None)
+            axes[3].annotate(name, (at, np.mean(x)), (5, 4), textcoords="offset points", size=8)
     axes[3].set(xlabel="cost of the run, (1,) = 1", ylabel="FD at the end, mean ± sd")
+    axes[3].legend()
     write_atomically(path, lambda f: fig.savefig(f, format="png", dpi=110))
 
 def report(args):
