@@ -42,7 +42,6 @@ FD = "FD(fashion-classifier)"
 GUIDANCE = 3.0                 # fixed, near the best on this data
 SWEEP = (2.0, 3.0, 4.0)        # of which the best is taken, by FEW samples of other noise
 FEW = 500                      # samples for the sweep, and for each point along training
-CHUNK = 250                    # samples drawn at once
 
 # ---- 1. What the paper leaves open, as replacements of npp.py's functions ----------------------
 
@@ -61,7 +60,6 @@ def averaged_positions():
         full, p = table(grid, head_dim, device), grid // h                # (1 + grid^2, ..., 2)
         corners = rearrange(full[1:], "(h p1 w p2) f xy -> (p1 p2) (h w) f xy", h=h, p1=p, p2=p)[0]
         return torch.cat([full[:1], corners])                             # (1 + h*h, ..., 2)
-
     return {"rope_2d": rope_2d}
 
 def optimizer_reset():
@@ -76,7 +74,6 @@ def optimizer_reset():
         if first["now"]:
             optimizer.state.clear()
         return train_step(wrapped, optimizer, *rest)
-
     return {"stage": noted, "train_step": reset}
 
 def double_rate():
@@ -86,7 +83,6 @@ def double_rate():
     def doubled(step, total, patches, lam, lr, *rest):
         patched = npp.stage(step, total, patches, lam)[0] > 1
         return lr_at(step, total, patches, lam, lr * (1 + patched), *rest)
-
     return {"lr_at": doubled}
 
 # ---- 2. The grid, most important first ---------------------------------------------------------
@@ -131,7 +127,7 @@ def score(model, n, guidance, seed):
     device, labels = model.output.weight.device, torch.arange(n) % len(FACTS["classes"])
     tokenizer = load_tokenizer(FACTS["tokenizer"], device, FACTS)
     net = fid.load_network(os.path.join(DATA, "features.pt"), device)
-    cfg = npp.Config(seed=seed, cfg_scale=guidance, micro_batch=CHUNK)
+    cfg = npp.Config(seed=seed, cfg_scale=guidance, micro_batch=250)
     images = np.concatenate(list(npp.draw(model, tokenizer, labels, cfg)))
     reference = os.path.join(DATA, "reference.npz")
     if n == FEW:               # precision and recall would take longer than the samples
@@ -165,7 +161,7 @@ def train(run, seed, steps, size, out):
                 f.write(json.dumps([record["step"], scores[FD], scores["class_accuracy"]]) + "\n")
         aside[:] += clock() - began
 
-    every = max(1, steps // 6)
+    every = -(-steps // 6)
     flags = dict(data=DATA, out=out, model=size, patches=",".join(map(str, run.patches)),
                  lam=run.lam, steps=steps, seed=seed, eval_every=every, save_every=every)
     replaced = dict(validate=validate_aside, progress=progress,
@@ -250,10 +246,9 @@ def spent(name, size, steps, until=math.inf):
     return sum(max(0, min(until, end) - first) * cost(Run("", (p,)), size) / cost(PLAIN, size)
                for p, first, end in npp.spans(steps, RUNS[name].patches, RUNS[name].lam))
 
-def share(found, name):
-    """Multiply-adds of a whole run, those of the plain one = 1"""
-    x = next(x for x in found if x["run"] == name)
-    return spent(name, x["size"], x["steps"]) / x["grid_steps"]
+def share(x):
+    """Multiply-adds of the whole run of a line, those of the plain one = 1"""
+    return spent(x["run"], x["size"], x["steps"]) / x["grid_steps"]
 
 def spread(x, digits):
     """Values -> their mean, and standard deviation where there are two, in words"""
@@ -267,7 +262,7 @@ def versus(a, b, digits):
         return "–"
     x, y = (np.array([v[s] for s in seeds]) for v in (a, b))
     p = stats.ttest_rel(x, y).pvalue
-    word = "not separated" if not p < 0.05 else "lower" if x.mean() < y.mean() else "higher"
+    word = ("lower" if x.mean() < y.mean() else "higher") if p < 0.05 else "not separated"
     return f"{(x - y).mean():+.{digits}f}, p = {p:.3f}, {word}"
 
 def table(head, rows):
@@ -276,23 +271,24 @@ def table(head, rows):
 
 def describe(found, size, steps, batch):
     """-> the report on one grid, markdown"""
-    names, one = [name for name in RUNS if any(x["run"] == name for x in found)], found[0]
-    pairs = [("2-1", "plain"), ("2-1", "equal_cost"), ("equal_cost", "plain")]
-    pairs += [(name, "2-1") for name in names if name not in ("2-1", "plain", "equal_cost")]
-    columns, fixed = ("val. loss", "FD fixed", "FD best"), one["fixed"]
-    ends = [[loss for _, loss in x["validation"][-4:]] for x in found if x["run"] == "plain"]
-    falls = ", ".join(f"{x:+.3f}" for x in np.diff(ends).mean(0)) if ends else "unknown"
-    runs = [[RUNS[name].what, sum(x["run"] == name for x in found), f"{share(found, name):.3f}",
+    by_name = {name: some for name in RUNS if (some := [x for x in found if x["run"] == name])}
+    runs = [[RUNS[name].what, len(some), f"{share(some[0]):.3f}",
              *(spread([*values(found, name, c).values()], SCORES[c][1]) for c in SCORES),
-             *PAPER.get(name, "––")] for name in names]
+             *PAPER.get(name, "––")] for name, some in by_name.items()]
+    pairs = [("2-1", "plain"), ("2-1", "equal_cost"), ("equal_cost", "plain")]
+    pairs += [(name, "2-1") for name in by_name if name not in ("2-1", "plain", "equal_cost")]
+    columns = "val. loss", "FD fixed", "FD best"
     differences = [[f"{RUNS[a].what} – {RUNS[b].what}", *(
         versus(values(found, a, c), values(found, b, c), SCORES[c][1]) for c in columns)]
-        for a, b in pairs if {a, b} <= set(names)]
+        for a, b in pairs if {a, b} <= by_name.keys()]
+    ends = [[loss for _, loss in x["validation"][-4:]] for x in by_name.get("plain", [])]
+    falls = ", ".join(f"{x:+.3f}" for x in np.diff(ends).mean(0)) if ends else "unknown"
+    one, fixed = found[0], found[0]["fixed"]
     return f"""## Size {size}, {steps:,} steps of {batch} images: {len(found)} runs
 
-{one["machine"]}, torch {one["torch"]}; {fixed["n"]:,} samples a score, in {one["samples_dtype"]};
-fixed guidance {fixed["guidance"]:g}; the best of {", ".join(one["sweep"])} is chosen by {FEW}
-samples of other noise. FD of as many real images: {fixed["real_against_real"]:.4f}.
+{one["machine"]}, torch {one["torch"]}; {fixed["n"]:,} samples a score, in {one["samples_dtype"]}.
+Fixed: guidance {fixed["guidance"]:g}. Best: of {", ".join(one["sweep"])}, chosen by {FEW} samples
+of other noise. As many real images as samples get FD {fixed["real_against_real"]:.4f}.
 
 {table(["run", "seeds", "cost", *SCORES, "paper: FID, B", "L"], runs)}
 Differences over common seeds, by a paired t-test (no correction for their number):
@@ -316,12 +312,12 @@ def figure(found, size, path):
             axis.plot([spent(x["run"], size, x["steps"], y[0]) for y in x[key]],
                       [y[i] for y in x[key]], ".-", color=COLORS[x["run"]])
         axis.set(xlabel="cost so far, in steps at p = 1", ylabel=label)
-    for name in RUNS:
-        if x := [*values(found, name, "FD fixed").values()]:
-            axes[3].errorbar(at := share(found, name), np.mean(x), np.std(x, ddof=len(x) > 1),
-                             fmt="o", capsize=3, color=COLORS.get(name, "gray"),
-                             label=RUNS[name].what if name in COLORS else None)
-            axes[3].annotate(name, (at, np.mean(x)), (5, 4), textcoords="offset points", size=8)
+    for name in dict.fromkeys(x["run"] for x in found):
+        y, color = [*values(found, name, "FD fixed").values()], COLORS.get(name, "gray")
+        at = share(next(x for x in found if x["run"] == name)), np.mean(y)
+        axes[3].errorbar(*at, np.std(y, ddof=len(y) > 1), fmt="o", capsize=3, color=color,
+                         label=RUNS[name].what if name in COLORS else None)
+        axes[3].annotate(name, at, (5, 4), textcoords="offset points", size=8)
     axes[3].set(xlabel="cost of the run, (1,) = 1", ylabel="FD at the end, mean ± sd")
     axes[3].legend()
     write_atomically(path, lambda f: fig.savefig(f, format="png", dpi=110))
