@@ -306,12 +306,15 @@ def figure(found, size, path):
     from matplotlib.figure import Figure  # of the extra `notebooks`, which runs do without
     fig = Figure((10, 7), layout="constrained")
     axes = fig.subplots(2, 2).flatten()
-    for axis, key, i, label in zip(axes, ("validation", "curve", "curve"), (1, 1, 2), (
-            "validation loss at p = 1, nats a code", f"{FD}, {FEW} samples", "class accuracy")):
+    for axis, key, i, scale, label in (
+        (axes[0], "validation", 1, "linear", "validation loss at p = 1, nats a code"),
+        (axes[1], "curve", 1, "log", f"{FD}, {FEW} samples"),
+        (axes[2], "curve", 2, "linear", f"class accuracy, {FEW} samples"),
+    ):
         for x in (x for x in found if x["run"] in COLORS):
             axis.plot([spent(x["run"], size, x["steps"], y[0]) for y in x[key]],
                       [y[i] for y in x[key]], ".-", color=COLORS[x["run"]])
-        axis.set(xlabel="cost so far, in steps at p = 1", ylabel=label)
+        axis.set(xlabel="cost so far, in steps at p = 1", ylabel=label, yscale=scale)
     for name in dict.fromkeys(x["run"] for x in found):
         y, color = [*values(found, name, "FD fixed").values()], COLORS.get(name, "gray")
         at = share(next(x for x in found if x["run"] == name)), np.mean(y)
@@ -319,6 +322,7 @@ def figure(found, size, path):
                          label=RUNS[name].what if name in COLORS else None)
         axes[3].annotate(name, at, (5, 4), textcoords="offset points", size=8)
     axes[3].set(xlabel="cost of the run, (1,) = 1", ylabel="FD at the end, mean ± sd")
+    axes[3].margins(0.15)
     axes[3].legend()
     write_atomically(path, lambda f: fig.savefig(f, format="png", dpi=110))
 
