@@ -334,8 +334,8 @@ def report(args):
     text = f"""# Does Next Patch Prediction hold on the embedded data?
 
 Made by `python notebooks/evidence.py report` from evidence.jsonl; mean ± standard deviation over
-seeds. cost: multiply-adds, those of (1,) = 1. CPU s: training alone. FD is {FD},
-not FID; the paper has FIDs on ImageNet: compare orders, not numbers.
+seeds. cost: multiply-adds, those of (1,) = 1. CPU s: training alone, runs never interrupted. FD is
+{FD}, not FID; the paper has FIDs on ImageNet: compare orders, not numbers.
 
 """
     for key in sorted({(x["size"], x["grid_steps"], x["batch"]) for x in found}):
