@@ -1642,7 +1642,7 @@ def test_train_features_wants_labels(tmp_path, capsys):
     assert features.main(["missing.npz", "missing.npz", str(tmp_path)]) == 2
     assert "missing.npz" in capsys.readouterr().err
 
-# ---- 15. evidence ------------------------------------------------------------------------------
+# ---- 18. evidence ------------------------------------------------------------------------------
 
 def test_equal_cost_means_the_same_multiply_adds():
     steps = round(1200 * evidence.RUNS["equal_cost"].share)
