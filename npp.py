@@ -113,8 +113,7 @@ def npp_loss(logits, targets):
     """Patch cross-entropy (Eq. 3): logits (B, N/K, V), targets (B, N/K, K) -> nats a code
 
     The K codes of a patch share one distribution and its normaliser: no logits are repeated."""
-    picked = logits.gather(-1, targets)                                   # (B, N/K, K)
-    return (logits.logsumexp(-1) - picked.mean(-1)).mean()
+    return -logits.log_softmax(-1).gather(-1, targets).mean()             # of (B, N/K, K)
 
 def spans(total, patches, lam):
     """-> [(p, first, end)]: stage i of L ends at round(total * lam^(L-1-i)) (Sec. 3.2)"""
