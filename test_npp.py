@@ -617,7 +617,7 @@ def test_published_weights_sample_without_a_data_set_at_any_size(published, tmp_
 @pytest.mark.parametrize("values, words", [
     ({"image_size": 2}, ["image_size is 2", "expected 4"]),
     ({"image_size": 25}, ["image_size is 25", "expected 24"]),
-    ({"image_size_eval": -1}, ["image_size_eval -1"]),
+    ({"image_size_eval": -1}, ["image_size_eval is -1"]),
     ({"out": "samples.jpg"}, ["samples.jpg", ".png or .npz"]),
     ({"classes": "5"}, ["classes is 5", "0 to 4"]),
     ({"tokenizer": ""}, ["c2i.pt", "--tokenizer"]),
