@@ -1197,6 +1197,13 @@ def test_reconstructions_of_unreadable_images_are_refused(tmp_path, small_tokeni
         assert not out.exists() and not os.path.exists(f"{out}.part")
 
 @pytest.mark.slow
+def test_two_ranks_end_with_the_scores_of_their_samples(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = start(FASHION, str(tmp_path / "run"), *launcher, steps=2)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0 and out.count("class accuracy") == 1, err
+
+@pytest.mark.slow
 def test_dry_run_of_the_whole_recipe_at_64_pixels(tmp_path, capsys):
     modes = "RGB", "L", "CMYK", "P"
     with np.load(os.path.join(FASHION, "reference.npz")) as z:
