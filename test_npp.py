@@ -34,6 +34,7 @@ from notebooks import evidence
 HERE = os.path.dirname(os.path.abspath(__file__))
 FASHION = os.path.join(HERE, "data", "fashion")
 PATCH_EDGES = (1, 2, 4)
+TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
 # Images, and what torch-fidelity 0.4.0's FeatureExtractorInceptionV3 makes of them with the weights
 # of random_inception(): its outputs "2048" and "logits_unbiased", and the first 7 channels of
 # Mixed_6d.branch1x1 as NHWC. `names` and `shapes` are those of its state dict.
@@ -98,6 +99,16 @@ def start(data, out, *launcher, **values):
     return subprocess.Popen(command + flags(data=data, out=out, **{**SHORT, **values}),
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+def two_ranks(command, **how):
+    """Two processes of a command, as torchrun starts them"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [subprocess.Popen(command, **how, env={
+        **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1"}) for rank in (0, 1)]
 
 def weights(out, name="ckpt.pt"):
     return torch.load(os.path.join(out, name), weights_only=True)["model"]
@@ -427,8 +438,7 @@ def test_signals_save_before_the_end(data, tmp_path, number):
 
 def test_two_ranks_and_accumulation_train_as_one(data, tmp_path):
     outs = {name: str(tmp_path / name) for name in ("one", "two", "micro")}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = start(data, outs["two"], *launcher, micro_batch=2)
+    process = start(data, outs["two"], *TWO_RANKS, micro_batch=2)
     assert train(data, outs["one"]) == 0 == train(data, outs["micro"], micro_batch=2)
     assert process.wait(120) == 0, process.stderr.read()
     for name in ("two", "micro"):
@@ -633,8 +643,7 @@ def test_any_number_of_ranks_makes_the_same_samples(published, tmp_path):
     _, weights, vq = published
     args = flags(sample=weights, tokenizer=vq, image_size=16, n=11, micro_batch=3)
     outs = [str(tmp_path / f"{ranks}.npz") for ranks in (1, 2)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
-    two = subprocess.run([sys.executable, *launcher, os.path.join(HERE, "npp.py"), *args,
+    two = subprocess.run([sys.executable, *TWO_RANKS, os.path.join(HERE, "npp.py"), *args,
                           "--out", outs[1]], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=90)
     assert two.returncode == 0 == npp.main([*args, "--out", outs[0]])
     with open(outs[0], "rb") as a, open(outs[1], "rb") as b:
@@ -1012,15 +1021,6 @@ def test_a_killed_encoding_goes_on_with_two_ranks_to_the_same_files(tmp_path, sm
     assert np.load(whole / "codes.npy").shape == (398, 2, 16)
     assert np.bincount(np.load(whole / "labels.npy")).tolist() == [199, 199]
 
-def two_ranks(command):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    return [subprocess.Popen(command, env={
-        **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1"}) for rank in (0, 1)]
-
 KILLER = """
 import os, shutil, signal, sys
 import torch, npp, tokenizer
@@ -1198,8 +1198,7 @@ def test_reconstructions_of_unreadable_images_are_refused(tmp_path, small_tokeni
 
 @pytest.mark.slow
 def test_two_ranks_end_with_the_scores_of_their_samples(tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = start(FASHION, str(tmp_path / "run"), *launcher, steps=2)
+    process = start(FASHION, str(tmp_path / "run"), *TWO_RANKS, steps=2)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0 and out.count("class accuracy") == 1, err
 
@@ -1472,13 +1471,8 @@ def test_two_ranks_give_what_one_gives(small, tmp_path, capsys):
     command = [str(tmp_path / "a.npz"), str(small / "reference.npz"), "--json"]
     assert fid.main(command) == 0
     alone = json.loads(capsys.readouterr().out)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = [subprocess.Popen(
-        [sys.executable, "fid.py", *command], cwd=HERE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0",
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in (0, 1)]
+    ranks = two_ranks([sys.executable, "fid.py", *command], cwd=HERE, stdout=subprocess.PIPE,
+                      text=True)
     together, silent = (rank.communicate(timeout=120)[0] for rank in ranks)
     together = json.loads(together)
     assert silent == "" and alone.keys() == together.keys()
