@@ -459,7 +459,6 @@ def train(cfg):
     first = resume(cfg, facts, model, optimizer)
     if first == cfg.steps:
         say(f"{cfg.out} is finished after {first:,} steps")
-        return 0
     compiled = cfg.compile == "true" or cfg.compile == "auto" and machine.gpu
     wrapped = torch.compile(model, dynamic=False) if compiled else model  # one graph for each p
     if machine.world > 1:

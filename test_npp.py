@@ -1197,10 +1197,14 @@ def test_reconstructions_of_unreadable_images_are_refused(tmp_path, small_tokeni
         assert not out.exists() and not os.path.exists(f"{out}.part")
 
 @pytest.mark.slow
-def test_two_ranks_end_with_the_scores_of_their_samples(tmp_path):
-    process = start(FASHION, str(tmp_path / "run"), *TWO_RANKS, steps=2)
+def test_two_ranks_end_with_the_scores_of_their_samples_and_a_finished_run_too(tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    process = start(FASHION, folder, *TWO_RANKS, steps=2)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0 and out.count("class accuracy") == 1, err
+    assert train(FASHION, folder, steps=2) == 0
+    again = capsys.readouterr().out
+    assert "is finished" in again and again.count("class accuracy") == 1
 
 @pytest.mark.slow
 def test_dry_run_of_the_whole_recipe_at_64_pixels(tmp_path, capsys):

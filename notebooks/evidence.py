@@ -315,15 +315,15 @@ def figure(found, size, path):
             axis.plot([spent(x["run"], size, x["steps"], y[0]) for y in x[key]],
                       [y[i] for y in x[key]], ".-", color=COLORS[x["run"]])
         axis.set(xlabel="cost so far, in steps at p = 1", ylabel=label, yscale=scale)
-    for name in dict.fromkeys(x["run"] for x in found):
-        y, color = [*values(found, name, "FD fixed").values()], COLORS.get(name, "gray")
-        at = share(next(x for x in found if x["run"] == name)), np.mean(y)
-        axes[3].errorbar(*at, np.std(y, ddof=len(y) > 1), fmt="o", capsize=3, color=color,
-                         label=RUNS[name].what if name in COLORS else None)
-        axes[3].annotate(name, at, (5, 4), textcoords="offset points", size=8)
-    axes[3].set(xlabel="cost of the run, (1,) = 1", ylabel="FD at the end, mean ± sd")
-    axes[3].margins(0.15)
-    axes[3].legend()
+    names = [name for name in RUNS if name in {x["run"] for x in found}]
+    for row, name in enumerate(names):
+        y = [*values(found, name, "FD fixed").values()]
+        axes[3].errorbar(np.mean(y), row, xerr=np.std(y, ddof=len(y) > 1), fmt="o", capsize=3,
+                         color=COLORS.get(name, "gray"))
+        axes[3].annotate(RUNS[name].what, (np.mean(y), row), (0, 4), textcoords="offset points",
+                         ha="center", size=8)
+    axes[3].set(xlabel=f"{FD} at the end, mean ± sd", yticks=[], ylim=(len(names) - 0.5, -0.9))
+    axes[3].grid(axis="x", alpha=0.4)
     write_atomically(path, lambda f: fig.savefig(f, format="png", dpi=110))
 
 def report(args):
