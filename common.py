@@ -71,6 +71,9 @@ class Machine:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.gpu, self.device = torch.cuda.is_available(), torch.device("cpu")
         if self.gpu:
+            local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+            if local > gpus:
+                raise BadInput(f"{local} processes here, expected one for each GPU: {gpus}")
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")

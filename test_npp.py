@@ -517,6 +517,12 @@ def test_a_bad_flag_is_named(data, tmp_path, capsys, values, word):
     refuses(capsys, flags(**{"data": data, "out": out, **SHORT, **values}), word)
     assert not out.exists()
 
+def test_more_processes_than_gpus_are_refused(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    refuses(capsys, flags(data=data, out=tmp_path / "run", **SHORT), "2 processes", "GPU: 1")
+
 @pytest.mark.parametrize("name, damage, words", [
     ("codes.npy", None, ("missing",)),
     ("codes.npy", b"\x93NUMPY\x01", ("damaged",)),
