@@ -263,7 +263,8 @@ def versus(a, b, digits):
     x, y = (np.array([v[s] for s in seeds]) for v in (a, b))
     p = stats.ttest_rel(x, y).pvalue
     word = ("lower" if x.mean() < y.mean() else "higher") if p < 0.05 else "not separated"
-    return f"{(x - y).mean():+.{digits}f}, p = {p:.3f}, {word}"
+    chance = f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
+    return f"{(x - y).mean():+.{digits}f}, {chance}, {word}"
 
 def table(head, rows):
     return "\n".join("| " + " | ".join(map(str, row)) + " |"
@@ -323,6 +324,7 @@ def figure(found, size, path):
         axes[3].annotate(RUNS[name].what, (np.mean(y), row), (0, 4), textcoords="offset points",
                          ha="center", size=8)
     axes[3].set(xlabel=f"{FD} at the end, mean ± sd", yticks=[], ylim=(len(names) - 0.5, -0.9))
+    axes[3].margins(x=0.15)
     axes[3].grid(axis="x", alpha=0.4)
     write_atomically(path, lambda f: fig.savefig(f, format="png", dpi=110))
 
