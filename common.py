@@ -18,6 +18,7 @@ from functools import wraps
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported once there is a group, it keeps its threads until exit
 from einops import rearrange
 from PIL import Image
 

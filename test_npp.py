@@ -655,6 +655,18 @@ def test_any_number_of_ranks_makes_the_same_samples(published, tmp_path):
     with open(outs[0], "rb") as a, open(outs[1], "rb") as b:
         assert len(np.load(outs[0])["arr_0"]) == 11 and a.read() == b.read()
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="lists threads as Linux does")
+def test_ranks_end_without_threads(published, tmp_path):
+    """A thread of gloo that is left wakes as Python ends, and aborts the process now and then"""
+    _, weights, vq = published
+    code = """import pathlib, sys, npp; npp.main(sys.argv[1:])
+print("threads:", *(x.read_text() for x in pathlib.Path("/proc/self/task").glob("*/comm")))"""
+    args = flags(sample=weights, tokenizer=vq, image_size=16, n=4, out=tmp_path / "x.npz")
+    for rank in two_ranks([sys.executable, "-c", code, *args], cwd=HERE, stdout=subprocess.PIPE,
+                          text=True):
+        out = rank.communicate(timeout=90)[0]
+        assert "threads:" in out and "gloo" not in out
+
 def test_samples_are_balanced_or_random_by_seed_and_index(published, tmp_path):
     _, weights, vq = published
     def labels(**values):
