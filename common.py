@@ -136,20 +136,22 @@ def stop_signals():
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
-def status(line):
-    """Show a line in place on a terminal, and in a file one below the other"""
-    print(f"\r{line:<79}" if sys.stdout.isatty() else f"{line}\n", end="", flush=True)
+def status(line, last=False, file=None):
+    """Show a line in place on a terminal, until the last, and in a file one below the other"""
+    file = file or sys.stdout
+    fixed = file.isatty()
+    print(f"\r{line:<79}" if fixed else line, end="\n" * (last or not fixed), file=file, flush=True)
 
 def clock(seconds):
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes > 99 else (
         f"{minutes}:{seconds:02}")
 
-def progress(done, before, total, began):
+def progress(done, before, total, began, file=None):
     """Show how many of `total` images are done, of which `before` were when it `began`"""
     speed = max(done - before, 1) / (time.time() - began)
     left = clock((total - done) / speed)
-    status(f"{done:,} of {total:,} images  {speed:,.1f} img/s  {left} left")
+    status(f"{done:,} of {total:,} images  {speed:,.1f} img/s  {left} left", done == total, file)
 
 def brief(error):
     return f"{type(error).__name__}: " + " ".join(str(error).split())[:200]

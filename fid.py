@@ -40,8 +40,8 @@ from einops import rearrange
 from PIL import Image
 from scipy.linalg import lapack
 
-from common import (BadInput, Machine, Parser, brief, generator, load_file, one_line_errors, sha256,
-                    write_atomically)
+from common import (BadInput, Machine, Parser, brief, generator, load_file, one_line_errors,
+                    progress, sha256, write_atomically)
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -271,9 +271,7 @@ def extract(net, images, keep=True, batch=64):
         if keep:
             features[i:j] = outputs[0]
         if LEADER and (j == last or i // batch % 10 == 0):
-            rate = (j - first) / (time.time() - start)
-            print(f"\r{j / last:4.0%} of {len(images)} images, {world * rate:.0f}/s, "
-                  f"{(last - j) / rate:.0f} s left  ", end="\n" * (j == last), file=sys.stderr)
+            progress(j - first, 0, last - first, start, sys.stderr)           # of this rank
     if world > 1:
         for tensor in [features] + [m.sums for m in moments]:
             dist.all_reduce(tensor)  # features are zero where another rank's rows are

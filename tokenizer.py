@@ -500,7 +500,7 @@ def encode(args):
     labels, used = data.labels[work.status() == 1], np.zeros(meta["vocab"], bool)
     publish(args.out, suffix, meta, work.rows(used), views, labels, args.tokenizer)
     work.remove()
-    print(f"\n{args.out}: {len(labels):,} images, {views} views of {meta['grid']} x {meta['grid']} "
+    print(f"{args.out}: {len(labels):,} images, {views} views of {meta['grid']} x {meta['grid']} "
           f"codes, {used.sum()} of {len(used)} in use" + f", {bad:,} unreadable" * (bad > 0))
     return 2 if bad else 0
 
@@ -580,7 +580,7 @@ def pack(args):
             "tokenizer": "tokenizer.pt" if digest else None, "tokenizer_sha256": digest,
             "made_by": "tokenizer.py pack"}
     publish(args.out, "", meta, rows, views, labels[0][:, 0], args.tokenizer)
-    print(f"\n{args.out}: {len(labels[0]):,} images of {len(meta['classes'])} classes, "
+    print(f"{args.out}: {len(labels[0]):,} images of {len(meta['classes'])} classes, "
           f"{views} views of {grid} x {grid} codes")
     return 0
 

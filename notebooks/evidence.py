@@ -278,6 +278,7 @@ def describe(found, size, steps, batch):
              *PAPER.get(name, "––")] for name, some in by_name.items()]
     pairs = [("2-1", "plain"), ("2-1", "equal_cost"), ("equal_cost", "plain")]
     pairs += [(name, "2-1") for name in by_name if name not in ("2-1", "plain", "equal_cost")]
+    pairs += [("averaged_positions", name) for name in ("equal_cost", "plain")]
     columns = "val. loss", "FD fixed", "FD best"
     differences = [[f"{RUNS[a].what} – {RUNS[b].what}", *(
         versus(values(found, a, c), values(found, b, c), SCORES[c][1]) for c in columns)]
