@@ -139,8 +139,10 @@ def stop_signals():
 def status(line, last=False, file=None):
     """Show a line in place on a terminal, until the last, and in a file one below the other"""
     file = file or sys.stdout
-    fixed = file.isatty()
-    print(f"\r{line:<79}" if fixed else line, end="\n" * (last or not fixed), file=file, flush=True)
+    if file.isatty():
+        print(f"\r{line:<79}", end="\n" if last else "", file=file, flush=True)
+    else:
+        print(line, file=file, flush=True)
 
 def clock(seconds):
     minutes, seconds = divmod(int(seconds), 60)
