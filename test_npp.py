@@ -1022,12 +1022,14 @@ def test_a_killed_encoding_goes_on_with_two_ranks_to_the_same_files(tmp_path, sm
     assert tokenizer.main(encoding(images, whole, small_tokenizer)) == 2
     command = [sys.executable, os.path.join(HERE, "tokenizer.py"),
                *encoding(images, killed, small_tokenizer)]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     status = killed / "codes.part" / "status"
     while process.poll() is None:
         if status.exists() and 1 in status.read_bytes():
             process.kill()
-    assert process.wait() == -signal.SIGKILL and 0 in status.read_bytes()
+    process.communicate(timeout=30)  # ends when no worker holds the pipe any more
+    assert process.returncode == -signal.SIGKILL and 0 in status.read_bytes()
     with pytest.raises(common.BadInput):
         npp.Codes(str(killed))
     capfd.readouterr()

@@ -29,6 +29,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import zip_longest
+from multiprocessing import parent_process
+from threading import Thread
 
 import numpy as np
 import torch
@@ -250,7 +252,12 @@ class Images(Dataset):
         """Lists of the items of each chunk (a range) in turn, read in worker processes"""
         cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this rank
         workers = min(max(1, cores), len(chunks)) if self.folder else 0
-        return DataLoader(self, batch_sampler=chunks, num_workers=workers, collate_fn=list)
+        return DataLoader(self, batch_sampler=chunks, num_workers=workers, collate_fn=list,
+                          worker_init_fn=end_with_parent)
+
+def end_with_parent(_):
+    """In a worker: else that of a killed command waits for ever to hand over what it has read"""
+    Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()
 
 def chunks_of(n, size):
     return [range(i, min(i + size, n)) for i in range(0, n, size)]
