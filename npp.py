@@ -1,161 +1,207 @@
-"""Next Patch Prediction (Pang et al., arXiv 2412.15321): a transformer that draws, in one file
+"""Next Patch Prediction (Pang et al., arXiv 2412.15321) in one file
 
-An image is a grid of N codes from a VQ tokenizer, and a transformer predicts them one by one. NPP
-only changes how it is trained: first on patches, p x p codes whose embeddings are averaged into one
-(a sequence K = p * p times shorter) and of which every code is a target; then, with the same
-weights, on single codes. Sampling stays plain next-token prediction. --patches 1 is LlamaGen.
+A tokenizer turns an image into a grid of N integers, its codes, and a transformer predicts them one
+after the other. NPP changes only how the transformer is trained. It starts on patches of p x p
+codes: their embeddings are averaged into one input (Eq. 2), and one output distribution predicts
+all codes of the next patch (Eq. 3). It ends, with the same weights, on single codes. Sampling is
+plain next-token prediction. --patches 1 trains by next-token prediction from the start.
 
-    python npp.py                                      # minutes on a CPU, ends with pictures
-    torchrun --nproc_per_node=8 npp.py --model B --data codes/imagenet256          # the paper
-    python npp.py --model XXL --patches 8,4,2,1 --plan --data none    # what a schedule would cost
-    python npp.py --sample out/tiny/ckpt.pt --classes Sandal,Bag --out bags.png
-    torchrun --nproc_per_node=8 -- npp.py --sample W.pt --tokenizer VQ.pt --n 50000 --out b.npz
+$ python npp.py                                          # minutes on a CPU, ends with pictures
+$ torchrun --nproc_per_node=8 npp.py --model B --data codes/imagenet256           # the paper
+$ python npp.py --sample out/tiny/ckpt.pt --classes Sandal,Bag --out bags.png
+$ torchrun --nproc_per_node=8 -- npp.py --sample W.pt --tokenizer VQ.pt --n 50000 --out b.npz
 
-Shapes: B images of N = h * w codes, patches of K = p * p codes, D width, V vocabulary.
+Shapes: B images of N = h * w codes, patches of K = p * p codes, width D, vocabulary V.
 """
 
+import argparse
+import fcntl
+import inspect
 import json
 import math
 import os
+import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache, partial
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.nn  # DDP imports it later, and would then keep threads that abort the exit
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
-from torch.utils.checkpoint import checkpoint
 
-import fid
-from common import (BadInput, Codes, Machine, Parser, brief, check_ranges, class_numbers, clock,
-                    cut_log, generator, load_file, one_line_errors, save_npz, save_rows, status,
-                    stop_signals, to_uint8, watched, write_atomically)
-from tokenizer import load_tokenizer
+from tokenizer import (BadInput, load_file, load_tokenizer, open_codes, read_meta, replace_file,
+                       save_images, to_uint8)
 
-SIZES = {
+# -------------------------------------------------------------------------------------------------
+# Configuration: every field is a flag, and --help prints this class
+
+SIZES = {  # the numbers are parameters in millions, with 16,384 codes
     "tiny": dict(n_layer=4, n_head=4, dim=128),
-    "B": dict(n_layer=12, n_head=12, dim=768),     # parameters, with 16,384 codes: 111 million
+    "B": dict(n_layer=12, n_head=12, dim=768),     # 111
     "L": dict(n_layer=24, n_head=16, dim=1024),    # 343
     "XL": dict(n_layer=36, n_head=20, dim=1280),   # 775
     "XXL": dict(n_layer=48, n_head=24, dim=1536),  # 1411
     "3B": dict(n_layer=24, n_head=32, dim=3200),   # 3097
 }
 
+
 @dataclass
 class Config:
-    """Every field is a flag and its comment the flag's help. Defaults are the paper's, see TINY."""
-    data: str = "data/fashion"   # folder of codes; none: ImageNet's shape, for --plan and --sample
+    # Defaults follow the paper. The size tiny, which is the default, brings its own (TINY below).
+    data: str = "data/fashion"   # folder of codes, written by tokenizer.py encode
     out: str = ""                # folder of the run (out/MODEL); with --sample a .png or .npz
     init: str = ""               # checkpoint whose weights to start from
-    model: str = "tiny"          # size: tiny, B, L, XL, XXL or 3B
+    # These decide the result: a run is resumed only with the same values.
+    model: str = "tiny"          # tiny, B, L, XL, XXL or 3B
     patches: tuple = (2, 1)      # patch edge p of each stage; 4,2,1 adds a level
-    lam: float = 0.5             # stage i of L ends at the fraction lam^(L-1-i) of all steps
+    lam: float = 0.5             # 0.5: with patches 4,2,1 the stages end at 25, 50 and 100 %
     epochs: float = 300.0        # passes over the images
     steps: int = 0               # total steps, instead of epochs
-    batch: int = 256             # images a step, over all ranks
-    lr: float = 1e-4             # learning rate per 256 images: lr * batch / 256 is used
-    lr_min: float = 1e-5         # where each stage's decay ends, absolute
+    batch: int = 256             # images in a step, over all ranks
+    lr: float = 1e-4             # learning rate for 256 images: lr * batch / 256 is used
+    lr_min: float = 1e-5         # where the decay of each stage ends, not scaled by the batch
     warmup_epochs: float = 1.0   # warm-up of each stage, at most a tenth of it
     decay_frac: float = 0.2      # last part of each stage, in which the rate decays
-    weight_decay: float = 0.05   # on tensors of two or more dimensions
+    weight_decay: float = 0.05   # of matrices and embeddings
     clip: float = 1.0            # largest gradient norm
     dropout: float = 0.1         # on token embeddings, attention and feed-forward outputs
     class_dropout: float = 0.1   # share of labels replaced by the null label, for guidance
     seed: int = 0                # of weights, batches, dropout and samples
-    micro_batch: int = 0         # images a rank takes at once; 0: its share of a batch, 25 samples
-    recompute: bool = False      # activation checkpointing: less memory, a third more time
-    compile: str = "auto"        # true, false, or auto: training on a GPU
+    # These do not.
+    micro_batch: int = 0         # images that a rank takes at once; 0: its share of a batch
+    compile: str = "auto"        # true, false, or auto: true for training on a GPU
     dtype: str = "auto"          # float32, bfloat16, or auto: bfloat16 on a GPU
     log_every: int = 100         # steps between lines of log.jsonl
     eval_every: int = 2000       # steps between validation losses
     save_every: int = 2000       # steps between checkpoints
-    plan: bool = False           # instead of training, print what it would cost
-    tflops: float = 400.0        # TFLOP/s that --plan reckons with
-    sample: str = ""             # instead of training, draw samples from this checkpoint
-    classes: str = ""            # to draw: names or numbers with commas, or random (all in turn)
-    n: int = 0                   # number of samples (10 a class)
-    cfg_scale: float = 2.0       # guidance scale; 1: none
+    # Instead of training, draw samples.
+    sample: str = ""             # the checkpoint to sample from
+    classes: str = ""            # names or numbers with commas, or random; default: all in turn
+    n: int = 0                   # number of samples; 0: ten of each class
+    cfg_scale: float = 2.0       # guidance scale; 1: no guidance
     temperature: float = 1.0     # divides the logits
     top_k: int = 0               # keep the k likeliest codes; 0: all
     top_p: float = 1.0           # keep the likeliest codes up to this probability
-    tokenizer: str = ""          # file that turns codes into images (the data's own)
-    image_size: int = 0          # pixels a side, where neither data nor checkpoint say (256)
-    image_size_eval: int = 0     # pixels a side of samples, resized as LlamaGen's of 384 are
+    tokenizer: str = ""          # file that turns codes into images (the one of the data)
+    image_size: int = 0          # pixels a side, where the checkpoint does not tell (256)
+    image_size_eval: int = 0     # resize samples to this many pixels before saving
 
-NAMES = [f.name for f in fields(Config)]
-RECIPE = NAMES[NAMES.index("model") : NAMES.index("micro_batch")]  # what decides the result
-RANGES = {
-    "0 or more": "steps n micro_batch image_size image_size_eval seed top_k temperature lr lr_min "
-                 "weight_decay warmup_epochs",
-    "1 or more": "batch log_every eval_every save_every", "0 to 1": "dropout class_dropout "
-    "decay_frac", "more than 0": "epochs clip top_p tflops", ", ".join(SIZES): "model",
-    "auto, true, false": "compile", "auto, float32, bfloat16": "dtype"}
-TINY = dict(steps=1200, batch=64, lr=8e-3, dropout=0, log_every=25, eval_every=200, save_every=200)
 
-# ---- 1. Next patch prediction ------------------------------------------------------------------
+TINY = dict(steps=1200, batch=64, lr=8e-3, dropout=0.0,
+            log_every=25, eval_every=200, save_every=200)
+
+RECIPE = ("model patches lam epochs steps batch lr lr_min warmup_epochs decay_frac weight_decay "
+          "clip dropout class_dropout seed").split()
+
+# -------------------------------------------------------------------------------------------------
+# 1. Next patch prediction
+
 
 def patchify(x, p):
     """Average the embeddings in each p x p block (Eq. 2): (B, N, D) -> (B, N/K, D)"""
     h = math.isqrt(x.shape[1]) // p
     return reduce(x, "b (h p1 w p2) d -> b (h w) d", "mean", h=h, p1=p, p2=p)
 
+
 def patch_targets(codes, p):
     """The K codes of each p x p block: (B, N) -> (B, N/K, K)"""
     h = math.isqrt(codes.shape[1]) // p
     return rearrange(codes, "b (h p1 w p2) -> b (h w) (p1 p2)", h=h, p1=p, p2=p)
 
+
 def npp_loss(logits, targets):
-    """Patch cross-entropy (Eq. 3): logits (B, N/K, V), targets (B, N/K, K) -> nats a code
+    """Patch cross-entropy (Eq. 3): logits (B, N/K, V), targets (B, N/K, K) -> mean nats per code
 
-    The K codes of a patch share one distribution and its normaliser: no logits are repeated."""
-    return -logits.log_softmax(-1).gather(-1, targets).mean()             # of (B, N/K, K)
+    The K codes of a patch are targets of one distribution, so no logits need repeating.
+    """
+    log_probs = logits.log_softmax(-1)                      # (B, N/K, V)
+    return -log_probs.gather(-1, targets).mean()            # the mean of (B, N/K, K)
 
-def spans(total, patches, lam):
-    """-> [(p, first, end)]: stage i of L ends at round(total * lam^(L-1-i)) (Sec. 3.2)"""
-    ends = [0, *(round(total * lam ** (len(patches) - 1 - i)) for i in range(len(patches)))]
-    return list(zip(patches, ends, ends[1:]))
+
+def stages(total, patches, lam):
+    """-> [(p, first step, end)]: stage i of L ends at round(total * lam^(L-1-i)) (Sec. 3.2)"""
+    result = []
+    first = 0
+    for i, p in enumerate(patches):
+        end = round(total * lam ** (len(patches) - 1 - i))
+        result.append((p, first, end))
+        first = end
+    return result
+
 
 def stage(step, total, patches, lam):
-    """-> (p, first, end): the patch edge at a step below total, in its stage first <= step < end"""
-    return next(span for span in spans(total, patches, lam) if step < span[2])
+    """The stage that a step below total belongs to: (p, first, end), first <= step < end"""
+    for p, first, end in stages(total, patches, lam):
+        if step < end:
+            return p, first, end
+
 
 def lr_at(step, total, patches, lam, lr, lr_min, warmup, decay_frac):
-    """The learning rate at `step`, in each stage afresh (Sec. 4.1): warm-up of `warmup` steps,
-    at most a tenth of the stage; plateau at lr; linear decay to lr_min in its last decay_frac."""
-    _, first, end = stage(step, total, patches, lam)
-    warmup = max(1, min(warmup, (end - first) / 10))
-    decay = max(1, decay_frac * (end - first))
-    rise = min(1, (step - first + 1) / warmup)
-    left = min(1, (end - step) / decay)
-    return rise * (lr_min + (lr - lr_min) * left)
+    """Learning rate, in each stage afresh (Sec. 4.1): linear warm-up, plateau at lr, linear decay
 
-# ---- 2. Where a patch stands: rotary positions in two dimensions -------------------------------
+    warmup is in steps. The decay takes the last decay_frac of the stage and ends at lr_min.
+    """
+    _, first, end = stage(step, total, patches, lam)
+    warmup = max(1, min(warmup, (end - first) / 10))        # at most a tenth of the stage
+    decay = max(1, decay_frac * (end - first))
+    lr_min = min(lr_min, lr)                                # so that a decay never rises
+    warmup_factor = min(1, (step - first + 1) / warmup)     # rises to 1
+    decay_factor = min(1, (end - step) / decay)             # 1 until the decay begins
+    return warmup_factor * (lr_min + (lr - lr_min) * decay_factor)
+
+
+# -------------------------------------------------------------------------------------------------
+# 2. Rotary positions in two dimensions
+
 
 def rope_2d(h, head_dim, device=None):
-    """Angles of a coarse h x h grid, class position first -> cos, sin (1 + h*h, head_dim/2, 2)
+    """cos and sin (1 + h*h, head_dim/2, 2) for an h x h grid of patches, class position first
 
-    The first half of the head turns with the row, the second with the column. A patch has its own
-    integer row and column, whatever p is. The class position has cos = sin = 0, so that its q and k
-    vanish: all attend to it with score 0. An accident of LlamaGen's table that its weights need."""
+    One half of the head turns with the row, the other with the column. Both are counted in patches,
+    whatever p is. cos = sin = 0 gives the class q = k = 0, so every position attends to the class
+    with score 0: an oddity of LlamaGen that the published weights were trained with.
+    """
     frequency = 10000 ** -(torch.arange(0, head_dim // 2, 2, device=device) / (head_dim // 2))
-    angle = torch.arange(h, device=device)[:, None] * frequency           # (h, head_dim/4)
-    angle = torch.cat([repeat(angle, "row f -> (row h) f", h=h),
-                       repeat(angle, "column f -> (h column) f", h=h)], dim=1)  # (h*h, head_dim/2)
-    table = torch.stack([angle.cos(), angle.sin()], dim=-1)
+    angle = torch.arange(h, device=device)[:, None] * frequency         # (h, head_dim/4)
+    by_row = repeat(angle, "row f -> (row column) f", column=h)         # (h*h, head_dim/4)
+    by_column = repeat(angle, "column f -> (row column) f", row=h)      # (h*h, head_dim/4)
+    angle = torch.cat([by_row, by_column], dim=1)                       # (h*h, head_dim/2)
+    table = torch.stack([angle.cos(), angle.sin()], dim=-1)             # (h*h, head_dim/2, 2)
     return torch.cat([torch.zeros_like(table[:1]), table])
+
 
 def rotate(x, rope):
     """Turn pairs (2j, 2j+1) of x (B, H, S, head_dim) by the angles of rope (S, head_dim/2, 2)"""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                    # (B, H, S, head_dim/2)
-    cos, sin = rope.unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).type_as(x)
+    pairs = rearrange(x.float(), "b h s (d pair) -> b h s d pair", pair=2)
+    a, b = pairs.unbind(-1)                                             # (B, H, S, head_dim/2)
+    cos, sin = rope.unbind(-1)                                          # (S, head_dim/2)
+    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return turned.flatten(-2).type_as(x)
 
-# ---- 3. The transformer: a Llama, with the names of the published checkpoints ------------------
+
+# -------------------------------------------------------------------------------------------------
+# 3. The transformer: a Llama whose parts are named as in LlamaGen's published checkpoints
+
+
+class KVCache:
+    """Keys and values of one layer at the positions so far, while sampling"""
+
+    def __init__(self, batch, n_head, positions, head_dim, like):
+        self.k = like.new_zeros(batch, n_head, positions, head_dim)
+        self.v = like.new_zeros(batch, n_head, positions, head_dim)
+
+    def update(self, position, k, v, length):
+        """Store k and v (B, H, 1, head_dim) at position (1,), return the first `length` of each"""
+        self.k.index_copy_(2, position, k.type_as(self.k))
+        self.v.index_copy_(2, position, v.type_as(self.v))
+        return self.k[:, :, :length], self.v[:, :, :length]
+
 
 class Attention(nn.Module):
     def __init__(self, dim, n_head, dropout):
@@ -165,33 +211,42 @@ class Attention(nn.Module):
         self.wo = nn.Linear(dim, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, rope, cache=None, position=None, seen=None):
-        """x (B, S, D) -> same; with a cache of k and v (B, H, N, head_dim), x is the one at
-        `position` (1,) and attends to those of the first positions that are `seen` (1, filled)"""
+    def forward(self, x, rope, cache=None, position=None, mask=None):
+        """x (B, S, D) -> (B, S, D), causal
+
+        With a KV cache x is a single position, position (1,) says which, and mask (1, length)
+        says which of the first `length` positions it attends to.
+        """
         q, k, v = rearrange(self.wqkv(x), "b s (qkv h d) -> qkv b h s d", qkv=3, h=self.n_head)
-        q, k = rotate(q, rope), rotate(k, rope)
+        q = rotate(q, rope)
+        k = rotate(k, rope)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            k, v = (old.index_copy_(2, position, new)[:, :, : seen.shape[1]]
-                    for old, new in zip(cache, (k, v)))
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        return self.dropout(self.wo(rearrange(y, "b h s d -> b s (h d)")))
+            k, v = cache.update(position, k, v, length=mask.shape[1])   # (B, H, length, head_dim)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = rearrange(y, "b h s d -> b s (h d)")
+        return self.dropout(self.wo(y))
+
+
+def ffn_width(dim):
+    """Two thirds of 4 D, rounded up to a multiple of 256"""
+    return 256 * math.ceil(int(8 * dim / 3) / 256)
+
 
 class FeedForward(nn.Module):
-    """SwiGLU, 2/3 of 4 D wide, rounded up to a multiple of 256"""
+    """SwiGLU"""
+
     def __init__(self, dim, dropout):
         super().__init__()
-        hidden = ffn_width(dim)
-        self.w1, self.w3 = (nn.Linear(dim, hidden, bias=False) for _ in range(2))
-        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w1 = nn.Linear(dim, ffn_width(dim), bias=False)
+        self.w3 = nn.Linear(dim, ffn_width(dim), bias=False)
+        self.w2 = nn.Linear(ffn_width(dim), dim, bias=False)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
         return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
-def ffn_width(dim):
-    return 256 * math.ceil(int(8 * dim / 3) / 256)
 
 class Block(nn.Module):
     def __init__(self, dim, n_head, dropout):
@@ -201,16 +256,25 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(dim, eps=1e-5)
         self.feed_forward = FeedForward(dim, dropout)
 
-    def forward(self, x, rope, *past):
-        x = x + self.attention(self.attention_norm(x), rope, *past)
-        return x + self.feed_forward(self.ffn_norm(x))
+    def forward(self, x, rope, cache=None, position=None, mask=None):
+        x = x + self.attention(self.attention_norm(x), rope, cache, position, mask)
+        x = x + self.feed_forward(self.ffn_norm(x))
+        return x
+
 
 class Transformer(nn.Module):
-    """model(codes, labels, p) -> logits. Label `classes` is the null label, for guidance."""
+    """model(codes, labels, p) -> logits. Label number `classes` is the null label, for guidance.
+
+    Every patch edge p uses every parameter: a patch has no weights of its own, and its position is
+    computed, not learned. That is why the stages can share one set of weights.
+    """
+
     def __init__(self, n_layer, n_head, dim, vocab, classes, grid, dropout=0.0):
         super().__init__()
-        self.n_head, self.head_dim, self.classes, self.grid = n_head, dim // n_head, classes, grid
-        self.recompute = False  # activations in the backward pass, instead of keeping them
+        self.n_head = n_head
+        self.head_dim = dim // n_head
+        self.classes = classes
+        self.grid = grid                                                # codes along each side
         self.cls_embedding = nn.ModuleDict({"embedding_table": nn.Embedding(classes + 1, dim)})
         self.tok_embeddings = nn.Embedding(vocab, dim)
         self.tok_dropout = nn.Dropout(dropout)
@@ -220,429 +284,777 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(self.output.weight)  # so that the first loss is ln V
-
-    def size(self):
-        return sum(w.numel() for w in self.parameters())
+        nn.init.zeros_(self.output.weight)                              # the first loss is ln V
 
     def embed_class(self, labels):
-        return self.cls_embedding["embedding_table"](labels)[:, None]     # (B, 1, D)
+        return self.cls_embedding["embedding_table"](labels)[:, None]   # (B, 1, D)
 
-    def run(self, x, rope, cache=None, *past):
-        """Embeddings (B, S, D) -> float32 logits (B, S, V)"""
+    def forward(self, codes, labels, p=1):
+        """codes (B, N), labels (B,) -> float32 logits (B, N/K, V)
+
+        The class goes in front and the last patch is dropped, so position i predicts patch i.
+        """
+        x = patchify(self.tok_embeddings(codes), p)                     # (B, N/K, D)
+        x = torch.cat([self.embed_class(labels), x[:, :-1]], dim=1)     # (B, N/K, D)
         x = self.tok_dropout(x)
-        for i, layer in enumerate(self.layers):
-            if self.recompute and self.training:
-                x = checkpoint(layer, x, rope, use_reentrant=False)
-            else:
-                x = layer(x, rope, None if cache is None else cache[i], *past)
-        return self.output(self.norm(x)).float()
-
-    def forward(self, codes, labels, p=1, loss=False):
-        """codes (B, N), labels (B,) -> float32 logits (B, N/K, V), or their loss
-
-        Position i predicts patch i: the class stands in front, the last patch is left out."""
-        x = patchify(self.tok_embeddings(codes), p)                       # (B, N/K, D)
-        x = torch.cat([self.embed_class(labels), x[:, :-1]], dim=1)       # (B, N/K, D)
-        rope = rope_2d(self.grid // p, self.head_dim, x.device)[: x.shape[1]]
-        logits = self.run(x, rope)
-        return npp_loss(logits, patch_targets(codes, p)) if loss else logits
+        rope = rope_2d(self.grid // p, self.head_dim, x.device)[:-1]    # (N/K, head_dim/2, 2)
+        for layer in self.layers:
+            x = layer(x, rope)                                          # (B, N/K, D)
+        return self.output(self.norm(x)).float()                        # (B, N/K, V)
 
     def loss(self, codes, labels, p=1):
-        """codes (B, N), labels (B,) -> scalar: what training minimises"""
-        return self(codes, labels, p, loss=True)
+        """What training minimises: codes (B, N), labels (B,) -> scalar"""
+        return npp_loss(self(codes, labels, p), patch_targets(codes, p))
 
-def load_model(path, n_head=None, grid=None):
-    """A Transformer in eval mode from a checkpoint of ours, or a published one of LlamaGen or NPP:
-    those tell neither heads nor grid, so a head is 64 wide (3B: 100) and the grid 16 codes a side,
-    unless given. The model's `facts` are what is known of its data. Raises BadInput."""
-    saved = load_file(path)
-    try:
-        state = next((saved[k] for k in ("model", "module", "state_dict") if k in saved), saved)
-        vocab, dim = state["tok_embeddings.weight"].shape
-        classes = len(state["cls_embedding.embedding_table.weight"]) - 1
-        n_layer = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("layers."))
-        own = SIZES.get(saved.get("config", {}).get("model"), {})
-        n_head = n_head or own.get("n_head") or dim // (100 if dim == 3200 else 64)
-        with torch.device("meta"):  # the weights come from the file, none are drawn
-            model = Transformer(n_layer, n_head, dim, vocab, classes, grid or saved.get("grid", 16))
-        model.load_state_dict(state, assign=True)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as e:
-        raise BadInput(f"{path}: expected a transformer of LlamaGen or NPP ({brief(e)})") from None
-    names = saved.get("classes", [str(i) for i in range(classes)])
-    model.facts = {"vocab": vocab, "classes": names,
-                   **{k: saved.get(k) for k in ("grid", "tokenizer", "tokenizer_sha256")}}
-    return model.float().eval()
+    def next_logits(self, x, rope, caches, position, mask):
+        """forward for one position with a KV cache per layer: x (B, 1, D) -> logits (B, V)"""
+        for layer, cache in zip(self.layers, caches):
+            x = layer(x, rope, cache, position, mask)
+        return self.output(self.norm(x))[:, 0].float()
 
-# ---- 4. Sampling -------------------------------------------------------------------------------
+
+# -------------------------------------------------------------------------------------------------
+# 4. Sampling: plain next-token prediction
+
 
 def choose(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """Logits (B, ..., V), uniforms u (B, ...) in [0, 1) -> codes (B, ...), by the inverse CDF"""
+    """Draw K codes from each distribution: logits (B, V), uniforms u (B, K) in [0, 1) -> (B, K)
+
+    By the inverse CDF and not torch.multinomial: the same u gives the same code on any machine.
+    """
     logits = logits / max(temperature, 1e-5)
     if top_k > 0:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p < 1:
-        ordered, where = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)     # mass of likelier codes
-        logits = ordered.masked_fill(before > top_p, -math.inf).gather(-1, where.argsort(-1))
-    cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # so that no u hits probability 0
-    u = u.double()[..., None] * cdf[..., -1:]
-    return torch.searchsorted(cdf, u, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
+        probs, order = logits.softmax(-1).sort(descending=True)         # (B, V)
+        before = probs.cumsum(-1) - probs                               # mass of likelier codes
+        unlikely = torch.zeros_like(before > top_p).scatter(-1, order, before > top_p)
+        logits = logits.masked_fill(unlikely, -math.inf)
+    # float64: rounding must not select a code of probability 0
+    cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)            # (B, V)
+    codes = torch.searchsorted(cdf, u.double() * cdf[:, -1:], right=True)
+    return codes.clamp(max=logits.shape[-1] - 1)                        # NaN would give V
+
+
+def guide(logits, cfg_scale):
+    """Classifier-free guidance: logits (2B, V), with the class and without it -> (B, V)"""
+    cond, uncond = logits.chunk(2)
+    return uncond + cfg_scale * (cond - uncond)
+
+
+class Decoder:
+    """The model at one position after the other: decoder(x, i), x (B, 1, D) -> logits (B, V)"""
+
+    def __init__(self, model, batch, p=1, compile=False):
+        h = model.grid // p
+        weight = model.output.weight
+        self.rope = rope_2d(h, model.head_dim, weight.device)
+        self.positions = torch.arange(h * h, device=weight.device)
+        self.caches = [KVCache(batch, model.n_head, h * h, model.head_dim, like=weight)
+                       for _ in model.layers]
+        self.next_logits = model.next_logits
+        self.compiled = compile
+        if compile:
+            # A GPU computes a position faster than Python can launch its kernels. So they are
+            # recorded once, as a CUDA graph, and replayed for every batch that this decoder draws.
+            # A graph always writes to the same memory, therefore the caches must not move.
+            self.next_logits = torch.compile(model.next_logits, mode="reduce-overhead")
+            for cache in self.caches:
+                torch._dynamo.mark_static_address(cache.k)
+                torch._dynamo.mark_static_address(cache.v)
+
+    def __call__(self, x, i):
+        length = i + 1
+        if self.compiled:  # a graph has one shape: read a whole quarter, the mask hides the rest
+            quarter = math.ceil(len(self.positions) / 4)
+            length = min((i // quarter + 1) * quarter, len(self.positions))
+        mask = (self.positions[:length] <= i)[None]                     # (1, length)
+        position = self.positions[i : i + 1]
+        return self.next_logits(x, self.rope[i : i + 1], self.caches, position, mask)
+
 
 @torch.no_grad()
 def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, noise=None,
-             compile=False, p=1):
+             compile=False, p=1, decoder=None):
     """Draw codes, one position after the other: labels (B,) -> codes (B, N)
 
-    Guidance: logits u + cfg_scale * (c - u), without and with class. `noise`: uniforms (B, N) that
-    decide. p > 1 shows what a patch stage learns: patches from one distribution each."""
-    training, device, guided = model.training, labels.device, cfg_scale != 1
+    Classifier-free guidance takes the logits uncond + cfg_scale * (cond - uncond). noise: uniform
+    numbers (B, N); the same noise gives the same image. p > 1 shows what a patch stage has learned:
+    all K codes of a patch are drawn from one distribution. Raises BadInput if logits are NaN.
+    """
+    was_training = model.training
     model.eval()
-    noise = torch.rand(len(labels), model.grid**2, device=device) if noise is None else noise
-    noise = patch_targets(noise, p)                                       # (B, N/K, K)
-    n, rope = noise.shape[1], rope_2d(model.grid // p, model.head_dim, device)
-    codes = torch.zeros_like(noise, dtype=torch.long)
-    labels = torch.cat([labels] + [torch.full_like(labels, model.classes)] * guided)  # both at once
-    x, position = model.embed_class(labels), torch.zeros(1, dtype=torch.long, device=device)
-    cache = [[x.new_zeros(len(x), model.n_head, n, model.head_dim) for _ in "kv"]
-             for _ in model.layers]  # apart: of one tensor a compiled step copies all in each layer
-    run = torch.compile(model.run, dynamic=False) if compile else model.run
+    if noise is None:
+        noise = torch.rand(len(labels), model.grid**2, device=labels.device)
+    noise = patch_targets(noise, p)                                     # (B, N/K, K)
+    guided = cfg_scale != 1
+    if guided:  # one batch of both: with the class, and with the null label
+        labels = torch.cat([labels, torch.full_like(labels, model.classes)])
+    if decoder is None:
+        decoder = Decoder(model, len(labels), p, compile)
+    finite = torch.ones((), dtype=torch.bool, device=labels.device)
 
-    def step(filled):  # all in place and on the device, so that a CUDA graph can repeat it
-        seen = torch.arange(filled, device=device)[None] <= position      # (1, filled)
-        logits = run(x, rope[position], cache, position, seen)            # (B or 2B, 1, V)
+    codes = []
+    x = model.embed_class(labels)                                       # (B or 2B, 1, D)
+    for i in range(noise.shape[1]):
+        logits = decoder(x, i)                                          # (B or 2B, V)
         if guided:
             cond, uncond = logits.chunk(2)
-            logits = uncond + cfg_scale * (cond - uncond)                 # (B, 1, V)
-        u = noise.index_select(1, position)[:, 0]                         # (B, K)
-        new = choose(logits.expand(-1, p * p, -1), u, temperature, top_k, top_p)
-        codes.index_copy_(1, position, new[:, None])
-        new = model.tok_embeddings(new).mean(1, keepdim=True)             # (B, 1, D), Eq. 2 again
-        x.copy_(new.repeat(1 + guided, 1, 1))
-        position.add_(1)
-
-    stride = -(-n // 4) if compile else 1  # a compiled step has one shape: make it four of them
-    for first in range(0, n, stride):
-        left = range(first, min(first + stride, n))
-        again = partial(step, left.stop)
-        again()
-        if compile and device.type == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                again()                                                   # recorded, not run
-            again = graph.replay
-        for _ in left[1:]:
-            again()
-    model.train(training)
+            logits = uncond + cfg_scale * (cond - uncond)               # (B, V)
+        finite &= logits.isfinite().all()                               # looked at after the loop
+        new = choose(logits, noise[:, i], temperature, top_k, top_p)    # (B, K)
+        codes.append(new)
+        x = model.tok_embeddings(new).mean(dim=1, keepdim=True)         # (B, 1, D), Eq. 2 again
+        if guided:
+            x = torch.cat([x, x])
+    model.train(was_training)
+    require(finite, "logits are NaN or infinite, try a smaller --cfg_scale, or --dtype float32")
+    codes = torch.stack(codes, dim=1)                                   # (B, N/K, K)
     return rearrange(codes, "b (h w) (p1 p2) -> b (h p1 w p2)", h=model.grid // p, p1=p)
 
-def noise_of(seed, indices, length):
-    """The uniforms of images `indices`, (len(indices), length): image i is the same in any batch"""
-    return torch.stack([torch.from_numpy(generator(seed, 3, int(i)).random(length, np.float32))
-                        for i in indices])
 
-# ---- 5. Data: batches that are a pure function of (seed, step) ---------------------------------
+def noise_of(seed, images, length):
+    """Uniform random numbers (len(images), length); those of image i depend on (seed, i) alone"""
+    rows = [np.random.default_rng((seed, 3, int(i))).random(length, np.float32) for i in images]
+    return torch.from_numpy(np.stack(rows))
+
+
+# -------------------------------------------------------------------------------------------------
+# 5. Data: batches that are a pure function of (seed, step)
+
+
+def require(condition, message):
+    """Refuse what the user gave: main() prints the message as one line and returns 2"""
+    if not condition:
+        raise BadInput(message)
+
+
+class Codes:
+    """A folder that tokenizer.py encode wrote. Raises BadInput.
+
+    codes (images, views, N) and labels (images,) are memory-mapped; val is the same pair for the
+    validation split, or None; meta is meta.json: vocab, grid, image_size, classes, tokenizer, ..
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.meta = read_meta(folder)
+        self.codes, self.labels = open_codes(folder, self.meta)
+        self.val = None
+        if os.path.exists(os.path.join(folder, "codes_val.npy")):
+            self.val = open_codes(folder, self.meta, "_val")
+
+    def read(self, codes, labels, image, view=0):
+        """Codes and labels of some images -> int64 tensors (b, N), (b,)"""
+        found = codes[image, view]
+        worst = found.max(axis=1).argmax()
+        require(found.max() < self.meta["vocab"], f"{codes.filename}: image {image[worst]} has "
+                f"code {found.max()}, expected 0 to {self.meta['vocab'] - 1}")
+        return torch.from_numpy(found).long(), torch.from_numpy(labels[image]).long()
+
 
 def batch_at(data, step, cfg, rows=slice(None)):
-    """`rows` of the global batch of a step -> codes (b, N), labels (b,), int64
+    """`rows` of the batch of a step -> codes (b, N), labels (b,), int64
 
-    A new order each epoch, any view of an image, and the null label in place of some labels."""
-    n, where = len(data.codes), np.arange(step * cfg.batch, (step + 1) * cfg.batch)
-    index = np.array([permutation(n, cfg.seed, i // n)[i % n] for i in where])
-    rng = generator(cfg.seed, 1, step)
+    Each epoch visits the images in a new order. Every rank draws the numbers of the whole batch and
+    then takes its rows, so any number of ranks and micro-batches trains on the same batch.
+    """
+    images = len(data.codes)
+    position = np.arange(step * cfg.batch, (step + 1) * cfg.batch)      # since the first step
+    epoch, offset = np.divmod(position, images)
+    image = np.array([epoch_order(images, cfg.seed, e)[i] for e, i in zip(epoch, offset)])
+    rng = np.random.default_rng((cfg.seed, 1, step))
     view = rng.integers(data.codes.shape[1], size=cfg.batch)
-    null = rng.random(cfg.batch) < cfg.class_dropout
-    labels = np.where(null, len(data.facts["classes"]), data.labels[index])
-    pair = data.codes[index[rows], view[rows]], labels[rows]
-    return [torch.from_numpy(x).long() for x in pair]
+    drop = rng.random(cfg.batch) < cfg.class_dropout
+    codes, labels = data.read(data.codes, data.labels, image[rows], view[rows])
+    labels[torch.from_numpy(drop[rows])] = len(data.meta["classes"])    # the null label
+    return codes, labels
+
 
 @lru_cache(maxsize=2)  # a batch may straddle two epochs
-def permutation(n, seed, epoch):
-    return generator(seed, 0, epoch).permutation(n)
+def epoch_order(images, seed, epoch):
+    return np.random.default_rng((seed, 0, epoch)).permutation(images)
 
-# ---- 6. Training -------------------------------------------------------------------------------
 
-def check(cfg, facts, world=1):
-    """-> cfg with out and steps filled in; BadInput where it contradicts itself, data or ranks"""
-    cfg = replace(cfg, out=cfg.out or f"out/{cfg.model}",
-                  steps=cfg.steps or round(cfg.epochs * facts["images"] / max(1, cfg.batch)))
-    falling = all(a > b for a, b in zip(cfg.patches, cfg.patches[1:])) and cfg.patches[-1] == 1
-    grid, micro = facts["grid"], cfg.micro_batch or max(1, cfg.batch // world)
-    for right, name, expected in (
-        (grid > 0, "image_size", "16 or more"),
-        (falling, "patches", "edges that decrease to 1"),
-        (falling and all(grid % p == 0 for p in cfg.patches), "patches", f"divisors of {grid}"),
-        (0 < cfg.lam < 1, "lam", "more than 0 and less than 1"),
-        (cfg.steps > 0, "steps", "at least 1"),
-        (cfg.plan or cfg.data != "none", "data", "a folder of codes to train on"),
-        (micro > 0 and cfg.batch > 0 and cfg.batch % (world * micro) == 0, "batch",
-         f"a multiple of {world} ranks x micro_batch {micro}"),
-    ):
-        if not right:
-            raise BadInput(f"{name} is {getattr(cfg, name)}, expected {expected}")
-    return cfg
+# -------------------------------------------------------------------------------------------------
+# 6. Training
 
-def build(cfg, facts, device):
-    """The model, from cfg.seed or cfg.init, and its AdamW, which decays matrices and embeddings"""
+
+def setup():
+    """-> rank, world_size and device of this process; torchrun sets the environment"""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        gpus = torch.cuda.device_count()
+        require(here <= gpus, f"{here} processes here, expected one for each GPU: {gpus}")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return rank, world_size, device
+
+
+def mean_over_ranks(tensor):
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor = tensor / dist.get_world_size()
+    return tensor
+
+
+def fetch(data, step, cfg, rows, device):
+    codes, labels = batch_at(data, step, cfg, rows)
+    if device.type == "cuda":  # from pinned memory a copy to the GPU makes nobody wait
+        codes, labels = codes.pin_memory(), labels.pin_memory()
+    return codes.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def build(cfg, meta, device):
+    """The model, from cfg.seed or cfg.init, and its optimizer"""
     torch.manual_seed(cfg.seed)
-    model = Transformer(**SIZES[cfg.model], vocab=facts["vocab"], classes=len(facts["classes"]),
-                        grid=facts["grid"], dropout=cfg.dropout)
-    if cfg.init and not os.path.exists(os.path.join(cfg.out, "ckpt.pt")):
-        weights, table = load_model(cfg.init).state_dict(), "cls_embedding.embedding_table.weight"
-        if len(weights[table]) != model.classes + 1:
-            weights[table] = model.state_dict()[table]                    # other classes: afresh
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as e:
-            raise BadInput(f"{cfg.init}: not weights of this size ({brief(e)})") from None
-    model.recompute = cfg.recompute
-    model.to(device).train()
-    groups = [dict(params=[w for w in model.parameters() if (w.dim() >= 2) == matrix],
-                   weight_decay=cfg.weight_decay * matrix) for matrix in (True, False)]
+    model = Transformer(**SIZES[cfg.model], vocab=meta["vocab"], classes=len(meta["classes"]),
+                        grid=meta["grid"], dropout=cfg.dropout)
+    if cfg.init and not os.path.exists(f"{cfg.out}/ckpt.pt"):
+        start_from(model, cfg.init)
+    model.to(device)
+    matrices = [w for w in model.parameters() if w.dim() >= 2]          # embeddings too
+    vectors = [w for w in model.parameters() if w.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=cfg.weight_decay),
+              dict(params=vectors, weight_decay=0.0)]
     return model, torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
-def resume(cfg, facts, model, optimizer):
-    """Load out/ckpt.pt, if there is one -> its step; BadInput if it is of another run"""
-    path = os.path.join(cfg.out, "ckpt.pt")
+
+class Loss(nn.Module):
+    """The loss as a forward, as DistributedDataParallel knows no other method"""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, codes, labels, p):
+        return self.model.loss(codes, labels, p)
+
+
+def train(cfg):
+    """Train, or go on training, the run in cfg.out -> exit code
+
+    A resumed run is bit-exact on one CPU, for five reasons. The checkpoint holds the weights and
+    the optimizer's moments. Patch edge and learning rate follow from the step. So does the batch,
+    with its views and dropped labels. So does the seed of dropout. And every checkpoint closes a
+    line of the log, so half a mean is never lost.
+    """
+    rank, world_size, device = setup()
+    data = Codes(cfg.data)
+    check(cfg, data, world_size)
+    model, optimizer = build(cfg, data.meta, device)
+    watcher = Watcher(cfg, data, model, optimizer, rank)
+    first = watcher.first                                               # 0, or where a run goes on
+
+    loss_of = Loss(model)
+    if world_size > 1:  # every p uses every parameter, so DDP never waits for a missing gradient
+        loss_of = nn.parallel.DistributedDataParallel(loss_of)
+    if cfg.compile == "true":  # DDP too, so that ranks exchange gradients during the backward pass
+        loss_of = torch.compile(loss_of, dynamic=False)                 # one graph for each p
+    warmup = cfg.warmup_epochs * len(data.codes) / cfg.batch            # in steps
+    share = cfg.batch // world_size                                     # images of this rank
+    rows = slice(rank * share, (rank + 1) * share)
+    micro_batch = cfg.micro_batch or share
+    pieces = share // micro_batch
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+
+    batch = fetch(data, first, cfg, rows, device)
+    for step in range(first, cfg.steps):
+        p, _, _ = stage(step, cfg.steps, cfg.patches, cfg.lam)
+        lr = lr_at(step, cfg.steps, cfg.patches, cfg.lam, cfg.lr * cfg.batch / 256, cfg.lr_min,
+                   warmup, cfg.decay_frac)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        dropout_seed = np.random.default_rng((cfg.seed, 2, step, rank)).integers(2**62)
+        torch.manual_seed(dropout_seed)
+
+        # gradients add up over micro-batches, and after the last one DDP averages over ranks
+        total = torch.zeros((), device=device)
+        codes, labels = batch
+        for i, piece in enumerate(zip(codes.split(micro_batch), labels.split(micro_batch))):
+            is_last = i == pieces - 1
+            with nullcontext() if world_size == 1 or is_last else loss_of.no_sync(), autocast:
+                loss = loss_of(*piece, p) / pieces
+            loss.backward()
+            total += loss.detach()                                      # nobody waits for a GPU
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        batch = fetch(data, step + 1, cfg, rows, device)                # while the GPU is busy
+
+        if watcher.after_step(step, p, lr, total, norm):
+            return 130
+    watcher.finish()
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------
+# 7. What only watches training, and saves it
+
+
+class Watcher:
+    """The log, the progress line, validation, pictures and checkpoints of a run"""
+
+    def __init__(self, cfg, data, model, optimizer, rank):
+        self.cfg = cfg
+        self.data = data
+        self.model = model
+        self.optimizer = optimizer
+        self.rank = rank
+        self.device = model.output.weight.device
+        self.losses = []
+        self.meta = dict(data.meta, images=len(data.codes))             # goes into checkpoints
+        if cfg.tokenizer:
+            self.meta["tokenizer"] = cfg.tokenizer
+        self.tokenizer = None
+        if self.meta["tokenizer"]:
+            self.tokenizer = load_tokenizer(self.meta["tokenizer"], self.device, data.meta)
+        self.classes = class_numbers(cfg.classes, data.meta["classes"], most=10)
+        self.first = resume(self.path("ckpt.pt"), cfg, self.meta, model, optimizer)
+        mean_over_ranks(torch.zeros(1))                 # all have read it before rank 0 writes
+        if rank == 0 and self.first == cfg.steps:
+            say(f"{cfg.out} is finished after {cfg.steps:,} steps")
+        elif rank == 0:
+            self.lock = lock_folder(cfg.out)
+            cut_log(self.path("log.jsonl"), self.first)
+            if self.first == 0:
+                self.save("ckpt.pt", 0)                 # so that no other recipe claims the folder
+            size = sum(w.numel() for w in model.parameters())
+            say(f"{cfg.model}, {size:,} parameters; {self.meta['images']:,} images; "
+                f"steps {self.first:,} to {cfg.steps:,}; in {cfg.out}")
+        interrupt.saves_first = True
+        self.start_time = self.window_start = time.time()
+
+    def path(self, name):
+        return os.path.join(self.cfg.out, name)
+
+    def after_step(self, step, p, lr, loss, norm):
+        """-> whether training has to stop here"""
+        cfg = self.cfg
+        done = step + 1
+        _, _, end = stage(step, cfg.steps, cfg.patches, cfg.lam)
+        self.losses.append(loss)
+        stop = interrupt.time is not None
+        if dist.is_initialized():                       # ranks ask each other at every tenth step
+            stop = done % 10 == 0 and mean_over_ranks(torch.tensor(float(stop))) > 0
+        save = stop or done == end or done % cfg.save_every == 0
+        evaluate = done == end or done % cfg.eval_every == 0
+        if not save and not evaluate and done % cfg.log_every > 0:
+            return False
+
+        loss = mean_over_ranks(torch.stack(self.losses).mean()).item()
+        require(math.isfinite(loss) and math.isfinite(norm), f"the loss is {loss} at step {done}, "
+                f"expected a number: try a lower --lr; {self.path('ckpt.pt')} is from before")
+        speed = len(self.losses) * cfg.batch / (time.time() - self.window_start)
+        record = {"step": done, "p": p, "loss": loss, "lr": lr, "img_s": round(speed, 1)}
+        if evaluate and self.data.val:
+            record["val_loss"] = validate(self.model, self.data, cfg, self.device)
+        if self.rank == 0:
+            self.log(record)
+            if done == end:
+                self.draw(p)
+                self.save(f"ckpt_p{p}.pt", done)
+            if save:
+                self.save("ckpt.pt", done)              # last, as resume trusts this file alone
+        self.losses = []
+        self.window_start = time.time()
+        if stop:
+            mean_over_ranks(torch.zeros(1))             # torchrun ends all once one rank has ended
+        if stop and self.rank == 0:
+            say(f"\nstopped after step {done:,}: the same command goes on from there")
+        return stop
+
+    def log(self, record):
+        try:
+            with open(self.path("log.jsonl"), "a") as f:
+                f.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise BadInput(f"{self.path('log.jsonl')}: cannot be written ({error})") from None
+        now = self.work(record["step"])
+        total = self.work(self.cfg.steps)
+        seconds = (time.time() - self.start_time) / (now - self.work(self.first))
+        text = (f"{now / total:4.0%}  step {record['step']:,}  p {record['p']}  "
+                f"loss {record['loss']:.3f}")
+        if "val_loss" in record:
+            text += f"  val {record['val_loss']:.3f}"
+        progress(f"{text}  {record['img_s']:,.0f} img/s", (total - now) * seconds)
+
+    def work(self, until):
+        """Work done until a step: a step on patches costs about 1/p^2 of one on single codes"""
+        spans = stages(self.cfg.steps, self.cfg.patches, self.cfg.lam)
+        return sum(max(0, min(until, end) - first) / p**2 for p, first, end in spans)
+
+    def draw(self, p):
+        """Ten samples of up to ten classes, as the stage of p draws them"""
+        if self.tokenizer is None:
+            return
+        labels = self.classes.repeat(10)
+        images = list(draw(self.model, self.tokenizer, labels, self.cfg, p))
+        save_images(self.path(f"samples_p{p}.png"), images, labels.numpy())
+        if p == 1:
+            save_images(self.path("samples.png"), images, labels.numpy())
+
+    def save(self, name, step):
+        state = dict(self.meta, model=self.model.state_dict(), step=step, config=asdict(self.cfg),
+                     optimizer=self.optimizer.state_dict())
+        replace_file(self.path(name), lambda f: torch.save(state, f))
+
+    def finish(self):
+        if self.rank > 0 or self.tokenizer is None:
+            return
+        sample = f"python npp.py --sample {self.path('ckpt.pt')}"
+        say(f"\nsee {self.path('samples.png')}, one class per row; then try\n"
+            f"{sample} --cfg_scale 4 --out strong.png")
+        reference = os.path.join(self.cfg.data, "reference.npz")
+        if os.path.exists(reference):
+            say(f"{sample} --n 1000 --out samples.npz && python fid.py samples.npz {reference}")
+
+
+@torch.no_grad()
+def validate(model, data, cfg, device):
+    """Mean loss at p = 1 over up to 2,048 validation images"""
+    n = len(data.val[0])
+    codes, labels = data.read(*data.val, np.linspace(0, n - 1, min(2048, n)).astype(int))
+    total = 0.0
+    model.eval()
+    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+        for c, y in zip(codes.split(64), labels.split(64)):
+            total += model.loss(c.to(device), y.to(device)).item() * len(c)
+    model.train()
+    return total / len(codes)
+
+
+def resume(path, cfg, meta, model, optimizer):
+    """Load a checkpoint of the same run -> its step, or 0 if there is none. Raises BadInput."""
     if not os.path.exists(path):
         return 0
     saved = load_file(path)
-    if not isinstance(saved, dict) or not isinstance(config := saved.get("config"), dict):
-        raise BadInput(f"{path}: expected a checkpoint of npp.py")
-    pairs = [(k, config.get(k), getattr(cfg, k)) for k in RECIPE]
-    pairs += [(k, saved.get(k), facts[k]) for k in facts if k != "tokenizer"]  # whose file may move
-    pairs += [("init", bool(config.get("init")), bool(cfg.init))]              # and so may this
-    differ = "; ".join(f"{k} is {a} there, {b} here" for k, a, b in pairs if a != b)
-    if differ:
-        raise BadInput(f"{cfg.out} holds another run, choose another --out ({differ})")
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"]
+    try:
+        config = dict(asdict(Config()), **saved["config"])  # what an old run lacks has its default
+        pairs = [(name, config[name], getattr(cfg, name)) for name in RECIPE]
+        for name in ("vocab", "grid", "images", "classes", "tokenizer_sha256"):
+            pairs.append((name, saved[name], meta[name]))
+        pairs.append(("init", bool(config["init"]), bool(cfg.init)))    # the file itself may move
+        differ = [f"{name} is {old} there, {new} here" for name, old, new in pairs if old != new]
+        require(not differ, f"{cfg.out} holds another run, choose another --out "
+                f"({'; '.join(differ)})")
+        step = saved["step"]
+        if type(step) is not int or not 0 <= step <= cfg.steps:
+            raise ValueError(f"step {step} of {cfg.steps}")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        for w in model.parameters():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if step > 0 and optimizer.state[w][moment].shape != w.shape:
+                    raise ValueError("an optimizer of other weights")
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise BadInput(f"{path}: expected a checkpoint of npp.py ({error!r})") from None
+    return step
 
-@torch.no_grad()
-def validate(model, val, machine):
-    """Mean loss at p = 1 over codes, labels = val"""
-    model.eval()
-    total = 0.0
-    for batch in zip(*(x.to(machine.device).split(64) for x in val)):
-        with machine.autocast:
-            total += model.loss(*batch).item() * len(batch[0])
-    model.train()
-    return total / len(val[0])
 
-def train_step(wrapped, optimizer, batch, p, cfg, machine):
-    """One step on this rank's share of a batch -> its mean loss, a tensor that nobody waited for"""
-    batch = [x.to(machine.device, non_blocking=True) for x in batch]
-    pieces, total = list(zip(*(x.split(cfg.micro_batch or len(x)) for x in batch))), 0.0
-    for i, piece in enumerate(pieces):
-        apart = machine.world > 1 and i + 1 < len(pieces)                 # ranks meet once a step
-        with wrapped.no_sync() if apart else nullcontext(), machine.autocast:
-            loss = wrapped(*piece, p, loss=True) / len(pieces)
-        loss.backward()
-        total += loss.detach()
-    norm = nn.utils.clip_grad_norm_(wrapped.parameters(), cfg.clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    return total + 0 * norm                                               # NaN if the gradient is
+def check(cfg, data, world_size):
+    """Fill in steps and out, and refuse what cannot be trained"""
+    if not cfg.out:
+        cfg.out = f"out/{cfg.model}"
+    if cfg.steps == 0:
+        cfg.steps = round(cfg.epochs * len(data.codes) / cfg.batch)
+    check_schedule(cfg.steps, cfg.patches, cfg.lam, data.meta["grid"])
+    multiple = world_size * max(1, cfg.micro_batch)
+    require(cfg.batch % multiple == 0, f"batch is {cfg.batch}, expected a multiple of {multiple} "
+            f"({world_size} ranks, micro_batch {cfg.micro_batch})")
 
-def train(cfg):
-    """Train, or go on training, the run in cfg.out; returns the exit code"""
-    machine, data = Machine(cfg.dtype), Codes(cfg.data)
-    facts, cfg = data.facts, check(cfg, data.facts, machine.world)
-    schedule, path = (cfg.steps, cfg.patches, cfg.lam), partial(os.path.join, cfg.out)
-    leader, classes = machine.rank == 0, class_numbers(cfg.classes, facts["classes"])
-    say = print if leader else (lambda _: None)
-    facts["tokenizer"] = cfg.tokenizer or facts["tokenizer"]
-    tokenizer = facts["tokenizer"] and load_tokenizer(facts["tokenizer"], machine.device, facts)
-    model, optimizer = build(cfg, facts, machine.device)
-    first = resume(cfg, facts, model, optimizer)
-    if first == cfg.steps:
-        say(f"{cfg.out} is finished after {first:,} steps")
-    compiled = cfg.compile == "true" or cfg.compile == "auto" and machine.gpu
-    wrapped = torch.compile(model, dynamic=False) if compiled else model  # one graph for each p
-    if machine.world > 1:
-        wrapped = nn.parallel.DistributedDataParallel(wrapped)
-    rows = slice(*(cfg.batch // machine.world * r for r in (machine.rank, machine.rank + 1)))
 
-    def save(name, step):
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                 "config": asdict(cfg), **facts}
-        write_atomically(path(name), lambda f: torch.save(state, f))
+def check_schedule(steps, patches, lam, grid):
+    falling = sorted(set(patches), reverse=True)
+    require(list(patches) == falling and falling[-1] == 1,
+            f"patches is {patches}, expected edges that decrease to 1")
+    require(all(grid % p == 0 for p in patches),
+            f"patches is {patches}, expected divisors of {grid}")
+    require(0 < lam < 1, f"lam is {lam}, expected more than 0 and less than 1")
+    for p, first, end in stages(steps, patches, lam):
+        require(first < end, f"steps is {steps}, expected more: none is left for p = {p}")
 
-    def fetch(step):  # pinned, so that the copy to the GPU makes nobody wait
-        return [x.pin_memory() if machine.gpu else x for x in batch_at(data, step, cfg, rows)]
 
-    if leader:
-        cut_log(path("log.jsonl"), first)
-        if first == 0:
-            save("ckpt.pt", 0)                                            # the folder is taken
-    say(f"{cfg.model}, {model.size():,} parameters; {facts['images']:,} images; "
-        f"steps {first:,} to {cfg.steps:,}; in {cfg.out}")
+def lock_folder(folder):
+    """Keep other processes off the folder; the lock ends with this process, however it ends"""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock = open(os.path.join(folder, "lock"), "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        raise BadInput(f"{folder} is in use by another process, choose another --out") from None
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be written ({error})") from None
 
-    losses, began, tick = [], time.time(), time.time()
-    with ThreadPoolExecutor(1) as pool, stop_signals() as stop:
-        upcoming = pool.submit(fetch, first)
-        for step in range(first, cfg.steps):
-            p, _, end = stage(step, *schedule)
-            lr = lr_at(step, *schedule, cfg.lr * cfg.batch / 256, cfg.lr_min,
-                       cfg.warmup_epochs * facts["images"] / cfg.batch, cfg.decay_frac)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            batch, upcoming = upcoming.result(), pool.submit(fetch, step + 1)
-            torch.manual_seed(generator(cfg.seed, 2, step, machine.rank).integers(2**62))  # dropout
-            losses.append(train_step(wrapped, optimizer, batch, p, cfg, machine))
 
-            done = step + 1
-            stopped = machine.mean(torch.tensor(float(len(stop)))) > 0    # one rank stops all
-            keep = stopped or done == end or done % cfg.save_every == 0
-            evaluate = done == end or done % cfg.eval_every == 0
-            if keep or evaluate or done % cfg.log_every == 0:             # then a line of the log
-                loss = machine.mean(torch.stack(losses).mean()).item()
-                if not math.isfinite(loss):
-                    raise BadInput(f"the loss is {loss} at step {done}, expected a number: try a "
-                                   f"lower --lr; {path('ckpt.pt')} is from before")
-                speed = len(losses) * cfg.batch / (time.time() - tick)
-                record = {"step": done, "p": p, "loss": loss, "lr": lr, "img_s": round(speed, 1)}
-                if evaluate and data.val:
-                    record["val_loss"] = validate(model, data.val, machine)
-                if leader:
-                    with open(path("log.jsonl"), "a") as f:
-                        f.write(json.dumps(record) + "\n")
-                    progress(record, cfg, first, began)
-                losses = []
-            if leader and done == end:
-                pictures = [(f"samples_p{p}", 5)] + [("samples", 10)] * (done == cfg.steps)
-                for name, each in pictures if tokenizer else []:
-                    images = draw(model, tokenizer, classes.repeat(each), cfg, p)
-                    save_rows(path(f"{name}.png"), images, len(classes))
-                save(f"ckpt_p{p}.pt", done)
-            if leader and keep:
-                save("ckpt.pt", done)                                     # last: it vouches for all
-            tick = tick if losses else time.time()                        # without all of that
-            if stopped:
-                machine.wait()  # torchrun kills a leader that still saves, once another has ended
-                say(f"\nstopped after step {done:,}: the same command goes on from there")
-                return 130
-    if tokenizer:
-        if os.path.exists(os.path.join(cfg.data, "features.pt")):         # ranks share the features
-            labels = torch.arange(1000) % len(facts["classes"])
-            images = np.concatenate(list(draw(model, tokenizer, labels, cfg)))
-            say("\n1,000 samples: " + fid.small_report(images, labels.numpy(), cfg.data))
-        say(f"\nsee {path('samples.png')}, a class a row, and {path('samples_p*.png')}, by stage\n"
-            f"try python npp.py --sample {path('ckpt.pt')} --cfg_scale 4 --out strong.png")
-    return 0
+def cut_log(path, step):
+    """Keep the lines up to `step`, without any that a crash left broken"""
+    kept = []
+    if os.path.exists(path):
+        for line in open(path, "rb"):
+            with suppress(ValueError, TypeError, LookupError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+    replace_file(path, lambda f: f.writelines(kept))
 
-def progress(record, cfg, first, began):
-    """Show where the run is, in work done: a step at p costs about 1/p^2 of one at p = 1"""
-    before, now, total = (sum(max(0, min(step, end) - start) / p**2
-                              for p, start, end in spans(cfg.steps, cfg.patches, cfg.lam))
-                          for step in (first, record["step"], cfg.steps))
-    left = clock((time.time() - began) * (total - now) / (now - before))
-    val = f"  val {record['val_loss']:.3f}" if "val_loss" in record else ""
-    status(f"{now / total:4.0%}  step {record['step']:,}  p {record['p']}  "
-           f"loss {record['loss']:.3f}{val}  {record['img_s']:,.0f} img/s  {left} left")
 
-# ---- 7. Pictures from a checkpoint -------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# 8. Samples from a checkpoint, ours or a published one
 
-def draw(model, tokenizer, labels, cfg, p=1, machine=None):
-    """labels (n,) -> uint8 images (b, S, S, 3), chunk by chunk; image i depends on (seed, i)
 
-    The ranks of `machine` take chunks in turn, and the first yields the images of all. Chunks are
-    full, the last beyond the end: one shape to compile, the same numbers with any world."""
-    rank, world = (machine.rank, machine.world) if machine else (0, 1)
-    device, n = model.output.weight.device, len(labels)
-    chunk = min(n, cfg.micro_batch or 25)
-    for first in range(0, n, chunk * world):
-        i = (torch.arange(chunk) + first + chunk * rank) % n
-        noise = noise_of(cfg.seed, i, model.grid**2).to(device)
-        codes = generate(model, labels[i].to(device), cfg.cfg_scale, cfg.temperature, cfg.top_k,
-                         cfg.top_p, noise, bool(cfg.sample) and cfg.compile == "true", p)
+def load_model(path, n_head=None, grid=None):
+    """A Transformer in eval mode; model.meta is what the file tells of its data. Raises BadInput.
+
+    Published checkpoints of LlamaGen and NPP tell neither heads nor grid: a head is 64 wide (100 in
+    3B) and the grid 16 codes a side (24 for images of 384 pixels), unless given.
+    """
+    saved = load_file(path)
+    try:
+        state = saved
+        for key in ("model", "module", "state_dict"):
+            state = saved.get(key, state)
+        vocab, dim = state["tok_embeddings.weight"].shape
+        classes = len(state["cls_embedding.embedding_table.weight"]) - 1
+        size = {"n_layer": sum(key.endswith("attention.wo.weight") for key in state),
+                "n_head": n_head or dim // (100 if dim == 3200 else 64), "dim": dim}
+        if "config" in saved:
+            size = SIZES[saved["config"]["model"]]
+        meta = {"vocab": vocab, "classes": saved.get("classes", [str(i) for i in range(classes)])}
+        for name in ("grid", "tokenizer", "tokenizer_sha256"):
+            meta[name] = saved.get(name)
+        if len(meta["classes"]) != classes:
+            raise ValueError(f"{len(meta['classes'])} names of {classes} classes")
+        if grid is None:
+            grid = meta["grid"] or 16
+        if type(grid) is not int or grid < 1:
+            raise ValueError(f"grid is {grid}")
+        with torch.device("meta"):  # the weights come from the file, none are drawn
+            model = Transformer(**size, vocab=vocab, classes=classes, grid=grid)
+        model.load_state_dict(state, assign=True)
+        for name, weight in model.state_dict().items():
+            if not weight.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinity")
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
+            RuntimeError) as error:
+        raise BadInput(f"{path}: expected a transformer of LlamaGen or NPP ({error!r})") from None
+    model.meta = meta
+    return model.float().eval()
+
+
+def start_from(model, path):
+    """Copy the weights of another model; a class table of another size starts afresh"""
+    weights = load_model(path).state_dict()
+    table = "cls_embedding.embedding_table.weight"
+    if len(weights[table]) != model.classes + 1:
+        weights[table] = model.state_dict()[table]
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise BadInput(f"{path}: not weights of this size ({error})") from None
+
+
+def class_numbers(text, names, most):
+    """Names or numbers with commas -> numbers (n,); by default `most` classes, evenly spread"""
+    if not text:
+        return torch.from_numpy(np.linspace(0, len(names) - 1, min(most, len(names))).astype(int))
+    known = {str(i): i for i in range(len(names))}
+    known.update({name: i for i, name in enumerate(names)})
+    for name in text.split(","):
+        require(name in known, f"classes is {text}, expected names like {names[0]}, or numbers "
+                f"from 0 to {len(names) - 1}")
+    return torch.tensor([known[name] for name in text.split(",")])
+
+
+def draw(model, tokenizer, labels, cfg, p=1, rank=0, world_size=1):
+    """labels (n,) -> chunks of uint8 images (b, S, S, 3), in order; every rank gets those of all
+
+    Example: 7 images in chunks of 2 on 2 ranks. First rank 0 draws images 0 and 1 while rank 1
+    draws 2 and 3, then 4 and 5 while rank 1 draws 6 and 0. The second image 0 is cut off. (Chunks
+    of one size need one compiled model.)
+    """
+    device = model.output.weight.device
+    n = len(labels)
+    chunk = min(n, cfg.micro_batch or 100)
+    sequences = chunk if cfg.cfg_scale == 1 else 2 * chunk
+    decoder = Decoder(model, sequences, p, compile=bool(cfg.sample) and cfg.compile == "true")
+    start = time.time()
+    for first in range(0, n, chunk * world_size):
+        index = (first + rank * chunk + torch.arange(chunk)) % n
+        noise = noise_of(cfg.seed, index, model.grid**2).to(device)
+        codes = generate(model, labels[index].to(device), cfg.cfg_scale, cfg.temperature, cfg.top_k,
+                         cfg.top_p, noise, p=p, decoder=decoder)
         codes = rearrange(codes, "b (h w) -> b h w", h=model.grid)
-        images = torch.cat([tokenizer.decode(x) for x in codes.split(25)])  # the decoder is large
+        images = torch.cat([tokenizer.decode(x) for x in codes.split(25)])  # few, to fit memory
         if cfg.image_size_eval:
             images = F.interpolate(images, (cfg.image_size_eval,) * 2, mode="bicubic")
-        images = to_uint8(images)
-        for r, part in enumerate(machine.gather(images) if machine else [images]):
-            yield part[: max(0, n - first - chunk * r)]
+        images = torch.from_numpy(to_uint8(images))
+        if world_size > 1:
+            parts = [torch.empty_like(images) for _ in range(world_size)]
+            dist.all_gather(parts, images)
+            images = torch.cat(parts)
+        yield images[: n - first].numpy()
+        if cfg.sample and rank == 0:
+            done = min(n, first + chunk * world_size)
+            speed = done / (time.time() - start)
+            progress(f"{done:,} of {n:,} images  {speed:,.1f} img/s", (n - done) / speed)
+
 
 def sample(cfg):
-    """Draw samples from the checkpoint cfg.sample into cfg.out: a .png, or an .npz for fid.py
+    """Draw samples from the checkpoint cfg.sample into cfg.out -> exit code
 
-    Classes come in turn, each n / classes times, as in the reference. At random, as in LlamaGen's
-    protocol, their shares differ from run to run, and scores with them."""
-    machine, out, model = Machine(cfg.dtype), cfg.out or "samples.png", load_model(cfg.sample)
-    png, names, known = out.endswith(".png"), model.facts["classes"], model.facts["grid"]
-    if not out.endswith((".png", ".npz")):
-        raise BadInput(f"{out}: expected .png or .npz")
-    if not (path := cfg.tokenizer or model.facts["tokenizer"]):
-        raise BadInput(f"{cfg.sample}: does not name its tokenizer, expected --tokenizer")
-    tokenizer = load_tokenizer(path, machine.device, model.facts)
-    model.grid = known or (cfg.image_size or 256) // tokenizer.factor
-    size = model.grid * tokenizer.factor
-    if cfg.image_size not in (0, size):
-        raise BadInput(f"image_size is {cfg.image_size}, expected {size or tokenizer.factor}")
-    model.to(machine.device, torch.bfloat16 if machine.bfloat16 else torch.float32)
-    most = 10 if png else cfg.n or 10 * len(names)                        # a .png has ten rows
+    Classes come in turn, n / classes times each, as in the reference. With --classes random, as in
+    LlamaGen's protocol, their shares differ from run to run, and so do the scores.
+    """
+    rank, world_size, device = setup()
+    if not cfg.out:
+        cfg.out = "samples.png"
+    model = load_model(cfg.sample)
+    names = model.meta["classes"]
+    path = cfg.tokenizer or model.meta["tokenizer"]
+    require(path, f"{cfg.sample}: does not name its tokenizer, expected --tokenizer")
+    tokenizer = load_tokenizer(path, device, model.meta)
+    if model.meta["grid"] is None:
+        model.grid = (cfg.image_size or 256) // tokenizer.factor
+    pixels = model.grid * tokenizer.factor
+    require(pixels > 0 and cfg.image_size in (0, pixels),
+            f"image_size is {cfg.image_size}, expected {max(pixels, tokenizer.factor)}")
+    model.to(device, getattr(torch, cfg.dtype))
+
     if cfg.classes == "random":
-        classes = torch.from_numpy(generator(cfg.seed, 4).integers(len(names), size=most))
+        rng = np.random.default_rng((cfg.seed, 4))
+        labels = torch.from_numpy(rng.integers(len(names), size=cfg.n or 10 * len(names)))
     else:
+        most = 10 if cfg.out.endswith(".png") else len(names)
         classes = class_numbers(cfg.classes, names, most)
-    n = cfg.n or 10 * min(len(classes), len(names))
-    n += -n % len(classes) if png else 0                                  # full rows
-    labels, size = classes[torch.arange(n) % len(classes)], cfg.image_size_eval or size
-    images = watched(draw(model, tokenizer, labels, cfg, machine=machine), n)
-    if machine.rank > 0:
-        list(images)                                                      # none: all are sent
-    elif png:
-        save_rows(out, images, len(classes))
+        labels = classes[torch.arange(cfg.n or 10 * len(classes)) % len(classes)]
+    images = draw(model, tokenizer, labels, cfg, 1, rank, world_size)
+    if rank == 0:
+        save_images(cfg.out, images, labels.numpy())
     else:
-        save_npz(out, images, (n, size, size, 3), labels.numpy())
+        for _ in images:  # this rank draws its share, and rank 0 saves all
+            pass
     return 0
 
-# ---- 8. What it costs, and the command line ----------------------------------------------------
 
-def cost(size, patches=(2, 1), lam=0.5, vocab=16384, grid=16):
-    """-> (average over the schedule, [of each stage]): forward multiply-adds an image
+# -------------------------------------------------------------------------------------------------
+# 9. Terminal and command line
 
-    The paper's "GFLOPs" (Table 2): linear layers and output head at N/K + 1 positions, no attention
-    scores. `size` is a name such as "B", or a dict of n_layer, n_head and dim."""
-    size = SIZES[size] if isinstance(size, str) else size
-    dim = size["dim"]
-    weights = size["n_layer"] * (4 * dim**2 + 3 * dim * ffn_width(dim)) + dim * vocab
-    stages = [weights * (grid**2 // p**2 + 1) for p in patches]
-    ends = [0, *(lam ** (len(patches) - 1 - i) for i in range(len(patches)))]
-    return sum((b - a) * x for a, b, x in zip(ends, ends[1:], stages)), stages
 
-def plan(cfg):
-    """Print what each stage costs, and the whole against plain next-token prediction"""
-    data = Codes(cfg.data, cfg.image_size or 256)
-    cfg = check(cfg, data.facts)
-    shape = dict(vocab=data.facts["vocab"], grid=data.facts["grid"])
-    average, stages = cost(cfg.model, cfg.patches, cfg.lam, **shape)
-    plain = cost(cfg.model, (1,), **shape)[0]
-    with torch.device("meta"):
-        model = Transformer(**SIZES[cfg.model], classes=len(data.facts["classes"]), **shape)
-    print(f"{cfg.model}, {model.size():,} parameters\n"
-          "  p       steps  positions  G multiply-adds an image   share")
-    for (p, first, end), x in zip(spans(cfg.steps, cfg.patches, cfg.lam), stages):
-        print(f"{p:3} {end - first:11,} {shape['grid'] ** 2 // p**2 + 1:10,} {x / 1e9:25.2f} "
-              f"{(end - first) / cfg.steps * x / average:7.1%}")
-    hours = 6 * average * cfg.steps * cfg.batch / cfg.tflops / 3.6e15     # 2 forward, 4 backward
-    print(f"average {average / 1e9:.2f}, {average / plain:.4f} of the {plain / 1e9:.2f} of plain "
-          f"next-token prediction; {hours:,.1f} hours at {cfg.tflops:g} TFLOP/s")
-    return 0
+class Interrupt:
+    """Handles signals: training saves first; elsewhere, and the second time, the program ends"""
+
+    saves_first = False
+    time = None                                         # of the first signal while training
+
+    def __call__(self, number, frame):
+        if self.saves_first and self.time is None:
+            self.time = time.monotonic()
+        elif not self.saves_first or time.monotonic() > self.time + 2:  # sooner it is torchrun,
+            raise KeyboardInterrupt                                     # passing on a Ctrl-C
+
+
+interrupt = Interrupt()
+
+
+def say(text, end="\n"):
+    """Print. If nobody reads it any more (npp.py | head -2), that counts as a signal."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        interrupt(signal.SIGPIPE, None)
+
+
+def progress(text, seconds_left):
+    """Show a line in place on a terminal, and in a file one below the other"""
+    minutes, seconds = divmod(round(seconds_left), 60)
+    line = f"{text}  {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+    if sys.stdout.isatty():
+        say(f"\r{line:<99}", end="")
+    else:
+        say(line)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(message)
+
+
+def integers(text):
+    return tuple(int(number) for number in text.split(","))
+
 
 def parse(argv):
-    given = Parser(__doc__).given(Config, argv)
-    recipe = TINY if given.get("model", "tiny") == "tiny" else {}
-    return Config(**{**recipe, **({"steps": 0} if "epochs" in given else {}), **given})
+    """Every field of Config is a flag -> Config. Raises BadInput."""
+    own = ", ".join(f"{name} {value:g}" for name, value in TINY.items())
+    text = f"{__doc__}\n{inspect.getsource(Config)}\nThe size tiny brings its own: {own}"
+    parser = Parser("npp.py", "%(prog)s [--FLAG VALUE ..]", text, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        kind = integers if f.type is tuple else f.type
+        parser.add_argument(f"--{f.name}", type=kind, default=argparse.SUPPRESS,
+                            help=argparse.SUPPRESS)
+    given = vars(parser.parse_args(argv))
+    recipe = {}
+    if given.get("model", "tiny") == "tiny":
+        recipe.update(TINY)
+    if "epochs" in given:
+        recipe["steps"] = 0
+    recipe.update(given)
+    cfg = Config(**recipe)
 
-@one_line_errors
+    for name, value in recipe.items():
+        if isinstance(value, (int, float)):
+            limit = 2**31 if isinstance(value, int) else math.inf
+            require(0 <= value < limit, f"{name} is {value}, expected 0 or more, below {limit}")
+    for name in ("batch", "log_every", "eval_every", "save_every", "epochs", "clip", "top_p"):
+        require(getattr(cfg, name) > 0, f"{name} is 0, expected more")
+    for name in ("dropout", "class_dropout", "decay_frac", "top_p"):
+        require(getattr(cfg, name) <= 1, f"{name} is {getattr(cfg, name)}, expected at most 1")
+    gpu = torch.cuda.is_available()
+    if cfg.dtype == "auto":
+        cfg.dtype = "bfloat16" if gpu else "float32"
+    if cfg.compile == "auto":
+        cfg.compile = "true" if gpu and not cfg.sample else "false"
+    words = {"model": SIZES, "compile": ("true", "false"), "dtype": ("float32", "bfloat16")}
+    for name, allowed in words.items():
+        value = getattr(cfg, name)
+        require(value in allowed, f"{name} is {value}, expected {', '.join(allowed)}")
+    return cfg
+
+
 def main(argv=None):
-    cfg = parse(argv)
-    check_ranges(cfg, RANGES)
-    return (plan if cfg.plan else sample if cfg.sample else train)(cfg)
+    """-> exit code: 0, 2 after bad input, 130 after a signal"""
+    try:
+        cfg = parse(argv)
+        return sample(cfg) if cfg.sample else train(cfg)
+    except BadInput as error:
+        print("npp.py:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("npp.py: stopped", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        if "Connection closed by peer" not in str(error):
+            raise
+        print("npp.py: another rank has ended, and so does this one", file=sys.stderr)
+        return 2
+    finally:
+        interrupt.saves_first = False
+        interrupt.time = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(number, interrupt)
     sys.exit(main())

@@ -7,40 +7,48 @@
 Skin tones are left out: they repeat many of "People" five times. Pillow needs raqm, which joins
 several code points into one picture; its wheels have it.
 """
+
+import argparse
 import os
 import re
 import sys
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-from common import BadInput, Parser, one_line_errors, write_atomically
+from tokenizer import BadInput, replace_file
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+FONT_SIZE = 109  # its only one
 TABLE = "/usr/share/unicode/emoji/emoji-test.txt"
+
 
 def read_table(path):
     """Unicode's emoji-test.txt -> [(group, text of the emoji, its name)]"""
-    emoji, group = [], ""
-    with open(path, encoding="utf-8") as f:
-        for line in f:
+    emoji = []
+    group = ""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
             if line.startswith("# group: "):
-                group = line.split()[2]                                   # "Food & Drink": Food
-            elif match := re.match(r"([0-9A-F ]+); fully-qualified +# \S+ E\S+ (.*)", line):
-                if "skin tone" not in match[2]:
-                    text = "".join(chr(int(x, 16)) for x in match[1].split())
-                    emoji.append((group, text, match[2]))
+                group = line.split()[2]  # "Food & Drink": Food
+            found = re.match(r"([0-9A-F ]+); fully-qualified +# \S+ E\S+ (.*)", line)
+            if found and "skin tone" not in found[2]:
+                text = "".join(chr(int(x, 16)) for x in found[1].split())
+                emoji.append((group, text, found[2]))
     return emoji
+
 
 def render(text, font, size):
     """One emoji in the middle of a white square -> PIL image"""
     left, top, right, bottom = font.getbbox(text)
     edge = max(right - left, bottom - top)
     picture = Image.new("RGB", (edge, edge), "white")
-    where = (edge - right - left) // 2, (edge - bottom - top) // 2
-    ImageDraw.Draw(picture).text(where, text, font=font, embedded_color=True)
+    corner = ((edge - right - left) // 2, (edge - bottom - top) // 2)
+    ImageDraw.Draw(picture).text(corner, text, font=font, embedded_color=True)
     return picture.resize((size, size), Image.LANCZOS)
+
 
 def save_folder(path, pictures, chosen):
     """path/GROUP/0000-name.png: the number keeps Unicode's order, and names apart"""
@@ -49,32 +57,50 @@ def save_folder(path, pictures, chosen):
         os.makedirs(os.path.join(path, group), exist_ok=True)
         picture.save(os.path.join(path, group, f"{name}.png"))
 
-@one_line_errors
-def main(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument("out", help="a new folder, or an .npz with arr_0, labels and classes")
-    parser.add_flag("size", 32, "pixels a side")
-    parser.add_flag("every", 1, "only each so-many-th emoji of a group")
-    args = parser.parse_args(argv)
+
+def prepare(out, size, every):
     if not features.check("raqm"):
         raise BadInput("this Pillow cannot join code points, expected one with raqm")
-    for path in FONT, TABLE:
+    for path in (FONT, TABLE):
         if not os.path.exists(path):
             raise BadInput(f"{path}: no such file, expected that of the package named in --help")
-    if os.path.isdir(args.out) and os.listdir(args.out):
-        raise BadInput(f"{args.out}: not empty, expected a new folder")
-    font, emoji = ImageFont.truetype(FONT, 109), read_table(TABLE)        # its only size
+    if os.path.isdir(out) and os.listdir(out):
+        raise BadInput(f"{out}: not empty, expected a new folder")
+    if size < 1 or every < 1:
+        raise BadInput(f"--size is {size} and --every {every}, expected 1 or more")
+    font = ImageFont.truetype(FONT, FONT_SIZE)
+    emoji = read_table(TABLE)
     classes = sorted({group for group, _, _ in emoji})
-    chosen = [e for c in classes for e in [e for e in emoji if e[0] == c][:: args.every]]
-    pictures = [render(text, font, args.size) for _, text, _ in chosen]
-    if args.out.endswith(".npz"):
-        arrays = dict(arr_0=np.stack(pictures), classes=classes,
-                      labels=np.array([classes.index(group) for group, _, _ in chosen]))
-        write_atomically(args.out, lambda f: np.savez_compressed(f, **arrays))
+    chosen = []
+    for name in classes:
+        members = [one for one in emoji if one[0] == name]
+        chosen.extend(members[::every])
+    pictures = [render(text, font, size) for _, text, _ in chosen]
+    if out.endswith(".npz"):
+        labels = np.array([classes.index(group) for group, _, _ in chosen])
+        write = partial(np.savez_compressed, arr_0=np.stack(pictures), classes=classes,
+                        labels=labels)
+        replace_file(out, write)
     else:
-        save_folder(args.out, pictures, chosen)
-    print(f"{args.out}: {len(pictures):,} emoji in {len(classes)} groups")
-    return 0
+        save_folder(out, pictures, chosen)
+    print(f"{out}: {len(pictures):,} emoji in {len(classes)} groups")
+
+
+def main(argv=None):
+    """-> exit code"""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", help="a new folder, or an .npz with arr_0, labels and classes")
+    parser.add_argument("--size", type=int, default=32, help="pixels a side")
+    parser.add_argument("--every", type=int, default=1, help="only each so-many-th of a group")
+    args = parser.parse_args(argv)
+    try:
+        prepare(args.out, args.size, args.every)
+        return 0
+    except BadInput as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        return 2
+
 
 if __name__ == "__main__":
     sys.exit(main())

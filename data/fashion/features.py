@@ -5,15 +5,18 @@
 A classifier of 90 thousand parameters, trained once, on the train split alone, and then frozen, so
 that samples of any model can be compared through its last features. Minutes on a CPU.
 """
+
+import io
 import os
 import sys
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 import fid
-from common import BadInput, generator, one_line_errors, write_atomically
+
 
 def train_classifier(images, labels, name, steps=4000, batch=128, lr=4e-3, seed=0):
     """uint8 images (n, H, W, 3), labels (n,) -> what to save"""
@@ -22,35 +25,56 @@ def train_classifier(images, labels, name, steps=4000, batch=128, lr=4e-3, seed=
     optimizer = torch.optim.AdamW(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
     for step in range(steps):
-        index = generator(seed, step).integers(len(images), size=batch)
-        logits = net.logits(net(torch.from_numpy(images[index]))[0])
-        loss = F.cross_entropy(logits, torch.from_numpy(labels[index]))
+        rows = np.random.default_rng((seed, step)).integers(len(images), size=batch)
+        features = net(torch.from_numpy(images[rows]))[0]
+        loss = F.cross_entropy(net.logits(features), torch.from_numpy(labels[rows]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if (step + 1) % 100 == 0:
-            print(f"\rstep {step + 1}/{steps}, loss {loss.item():.3f}", end="", file=sys.stderr)
-    print(file=sys.stderr)
+        if (step + 1) % 500 == 0:
+            print(f"step {step + 1} of {steps}, loss {loss.item():.3f}", file=sys.stderr)
     return {"model": net.half().state_dict(), "name": name}  # half the bytes
 
-@one_line_errors
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) != 3:
-        raise BadInput("expected TRAIN.npz TEST.npz FOLDER")
-    train, test, folder = fid.Images(argv[0]), fid.Images(argv[1]), argv[2]
-    for images in train, test:
+
+def train(train_path, test_path, folder):
+    train_images = fid.Images(train_path)
+    test_images = fid.Images(test_path)
+    for images in train_images, test_images:
         if images.labels is None:
-            raise BadInput(f"{images.path}: expected labels beside arr_0")
-    path, reference = (os.path.join(folder, name) for name in ("features.pt", "reference.npz"))
-    name = f"{os.path.basename(os.path.abspath(folder))}-classifier"
-    saved = train_classifier(train[:], train.labels, name)
-    write_atomically(path, lambda f: torch.save(saved, f))
-    net = fid.load_network(path)
-    fid.save_reference(reference, net, train, arr_0=test[:], labels=test.labels)
-    print(fid.evaluate(net, test, test.labels, reference))
-    return 0
+            raise fid.BadInput(f"{images.path}: expected labels beside arr_0")
+    if train_images.labels.min() < 0:
+        raise fid.BadInput(f"{train_path}: label {train_images.labels.min()}, expected 0 or more")
+    if not os.path.isdir(folder):
+        raise fid.BadInput(f"{folder}: expected a folder that exists")
+
+    name = os.path.basename(os.path.abspath(folder)) + "-classifier"
+    labels = train_images.labels.astype(np.int64)
+    data = io.BytesIO()
+    torch.save(train_classifier(train_images[:], labels, name), data)
+    weights = os.path.join(folder, "features.pt")
+    fid.write_atomically(weights, data.getvalue())
+
+    # the statistics are those of the train split, the images those of the test split
+    net = fid.load_network(weights)
+    reference = os.path.join(folder, "reference.npz")
+    fid.save_reference(reference, net, train_images,
+                       arr_0=test_images[:], labels=test_images.labels)
+    print(fid.evaluate(net, test_images, test_images.labels, reference))
+
+
+def main(argv=None):
+    if argv is None:
+        argv = sys.argv[1:]
+    try:
+        if len(argv) != 3:
+            raise fid.BadInput("expected TRAIN.npz TEST.npz FOLDER")
+        train(*argv)
+        return 0
+    except fid.BadInput as error:
+        print(f"features.py: {error}", file=sys.stderr)
+        return 2
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,928 @@
+"""What tokenizer.py claims, as tests: python -m pytest test_tokenizer.py"""
+
+import functools
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tokenizer
+from data.imagenet import pack
+from tokenizer import BadInput, from_uint8, to_uint8
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+FASHION = os.path.join(HERE, "data", "fashion")
+# What LlamaGen's VQModel makes of images, with the weights of random_vq(): data/golden/README.md
+VQ = os.path.join(HERE, "data", "golden", "vq_random.npz")
+SMALL = {"codebook_size": 32, "ch": 32, "ch_mult": (1, 1, 1), "z_channels": 32}
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+# ---- helpers
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def flags(**values):
+    return [x for k, v in values.items() for x in (f"--{k}", str(v))]
+
+
+def random_images(n, seed=0, size=16):
+    """Blotches, so that features differ from image to image"""
+    coarse = np.random.default_rng(seed).integers(0, 256, (n, 4, 4, 3), dtype=np.uint8)
+    return coarse.repeat(size // 4, axis=1).repeat(size // 4, axis=2)
+
+
+def class_folder(folder, images, names="ab"):
+    for i, image in enumerate(images):
+        path = folder / names[i * len(names) // len(images)] / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return str(folder)
+
+
+def image_file(path, n=40, seed=0, size=16, classes=3):
+    np.savez(path, arr_0=random_images(n, seed, size), labels=np.arange(n) % classes)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer(tmp_path_factory):
+    """A file of a random VQModel that tells images apart: 32 codes, 4 pixels each"""
+    torch.manual_seed(0)
+    path = str(tmp_path_factory.mktemp("tokenizer") / "small.pt")
+    tokenizer.save_tokenizer(path, tokenizer.VQModel(**SMALL))
+    return path
+
+
+@pytest.fixture
+def other_tokenizer(tmp_path):
+    torch.manual_seed(1)
+    path = str(tmp_path / "other.pt")
+    tokenizer.save_tokenizer(path, tokenizer.VQModel(**SMALL))
+    return path
+
+
+def encoding(images, out, path, **values):
+    return ["encode", str(images), str(out),
+            *flags(**{"tokenizer": path, "image_size": 16, **values})]
+
+
+def files(folder):
+    """name -> bytes of every file below a folder"""
+    found = {}
+    for where, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(where, name)
+            with open(path, "rb") as f:
+                found[os.path.relpath(path, folder)] = f.read()
+    return found
+
+
+def program(arguments, hangup=signal.SIG_DFL, **env):
+    def set_signals():  # whatever those of the tests are
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, hangup)
+
+    return subprocess.Popen([sys.executable, os.path.join(HERE, "tokenizer.py"), *arguments],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**ONE_THREAD, **env}, preexec_fn=set_signals)
+
+
+def two_ranks(arguments):
+    """The two processes of a command, as torchrun starts them"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    together = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [program(arguments, RANK=str(rank), **together) for rank in (0, 1)]
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def refuses(capsys, arguments, *words, main=tokenizer.main):
+    capsys.readouterr()
+    assert main([str(x) for x in arguments]) == 2
+    out, message = capsys.readouterr()
+    assert message.count("\n") == 1, message
+    for word in words:
+        assert word in message, message
+
+
+@contextmanager
+def full_disk(limit):
+    """Within, no file can grow beyond so many bytes"""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# ---- 1. files
+
+
+def test_a_full_disk_an_error_and_ctrl_c_leave_the_old_file(tmp_path):
+    path = tmp_path / "folder" / "x.pt"
+    tokenizer.replace_file(str(path), lambda f: torch.save({"x": 1}, f))
+    before = files(tmp_path)
+    many = [torch.zeros(1000) for _ in range(200)]
+
+    def interrupted(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    def broken(file):
+        raise ValueError("a bug is no bad input")
+
+    writers = (lambda f: torch.save(torch.zeros(10**6), f), lambda f: torch.save(many, f),
+               lambda f: f.write(bytes(10**6)))
+    with full_disk(100_000):
+        for write in writers:
+            with pytest.raises(BadInput, match=r"x\.pt: cannot be written \(File too large\)"):
+                tokenizer.replace_file(str(path), write)
+            assert files(tmp_path) == before
+    for write, error in ((interrupted, KeyboardInterrupt), (broken, ValueError)):
+        with pytest.raises(error):
+            tokenizer.replace_file(str(path), write)
+        assert files(tmp_path) == before
+    with pytest.raises(BadInput, match="cannot be written"):
+        tokenizer.replace_file(str(path / "below a file"), interrupted)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+def test_files_that_are_no_checkpoint_are_named_and_run_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": torch.arange(1000.0)}, "good.pt")
+    with open("good.pt", "rb") as f:
+        good = f.read()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    torch.save({"model": Evil()}, "evil.pt")
+    with open("evil.pt", "rb") as f:
+        evil = f.read()
+    bad = {"flipped": bytes(flipped), "half": good[: len(good) // 2], "empty": b"", "evil": evil,
+           "pickle": pickle.dumps({"model": Evil()}, protocol=2), "text": b"no checkpoint",
+           "zip": b"PK\x05\x06" + bytes(18)}
+    for name, content in bad.items():
+        with open(name, "wb") as f:
+            f.write(content)
+    os.mkdir("folder")
+    for name in [*bad, "folder", "missing"]:
+        with pytest.raises(BadInput) as error:
+            tokenizer.load_file(name)
+        message = str(error.value)
+        assert message.startswith(f"{name}: ") and "weights_only" not in message, message
+        assert "\n" not in message and len(message) < 200
+    assert not os.path.exists("hacked")
+    assert torch.equal(tokenizer.load_file("good.pt")["model"], torch.arange(1000.0))
+
+
+def test_pixels_survive_the_way_to_the_model_and_back():
+    images = random_images(3)
+    assert np.array_equal(to_uint8(from_uint8(images)), images)
+    extremes = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).expand(1, 3, 1, 5)
+    assert to_uint8(extremes)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+# ---- 2. the model
+
+
+def test_vq16_has_the_published_names_and_size():
+    with torch.device("meta"):
+        model = tokenizer.VQModel()
+    state = model.state_dict()
+    assert sum(w.numel() for w in model.parameters()) == 71_883_403 and model.factor == 16
+    for name, shape in (("encoder.conv_blocks.4.attn.1.proj_out.weight", (512, 512, 1, 1)),
+                        ("encoder.conv_blocks.0.downsample.conv.weight", (128, 128, 3, 3)),
+                        ("encoder.conv_blocks.2.res.0.nin_shortcut.weight", (256, 128, 1, 1)),
+                        ("decoder.conv_blocks.3.upsample.conv.bias", (128,)),
+                        ("decoder.mid.1.norm.weight", (512,)),
+                        ("quantize.embedding.weight", (16384, 8))):
+        assert state[name].shape == shape
+
+
+@functools.cache
+def random_vq(name):
+    """A state dict in the official layout with seeded weights that keep the activations near 1"""
+    state, golden = {}, np.load(VQ)
+    for i, (key, shape) in enumerate(zip(golden[f"{name}_names"], golden[f"{name}_shapes"])):
+        x = np.random.default_rng((0, i)).standard_normal(shape[shape > 0], dtype=np.float32)
+        if x.ndim == 4:
+            x = x * np.float32(np.prod(x.shape[1:]) ** -0.5)
+        elif not key.startswith("quantize"):
+            x = 0.1 * x + ("norm" in key and key.endswith("weight"))
+        state[str(key)] = torch.from_numpy(x)
+    return state
+
+
+@pytest.mark.parametrize("name, factor, sizes", [("vq16", 16, (64, 96)), ("vq8", 8, (64,))])
+def test_published_tokenizers_give_the_official_codes_and_images(tmp_path, name, factor, sizes):
+    path = str(tmp_path / "official.pt")
+    torch.save({"model": random_vq(name)}, path)
+    model = tokenizer.load_tokenizer(path)
+    os.remove(path)  # 0.3 GB
+    golden = np.load(VQ)
+    assert {*model.state_dict(), "quantize.codebook_used"} == set(golden[f"{name}_names"])
+    assert model.factor == factor
+    for size in sizes:
+        codes = model.encode(from_uint8(random_images(2, seed=1, size=size)))
+        assert np.array_equal(codes.numpy(), golden[f"{name}_codes_{size}"])
+        images = model.decode(codes)
+        assert images.shape == (2, 3, size, size)
+        official = torch.from_numpy(golden[f"{name}_images_{size}"])
+        error = (images[..., ::3, ::3] - official).abs().max() / official.abs().max()
+        assert error < 1e-5
+
+
+def test_embedded_images_survive_their_codes():
+    model = tokenizer.load_tokenizer(os.path.join(FASHION, "tokenizer.pt"))
+    with np.load(os.path.join(FASHION, "reference.npz")) as z:
+        images = z["arr_0"][::40]
+        labels = z["labels"]
+    codes = np.load(os.path.join(FASHION, "codes_val.npy"))[:, 0]
+    again = model.encode(from_uint8(images)).flatten(1).numpy()
+    assert (again == codes[::40]).mean() > 0.999  # rounding may differ between machines
+    shown = to_uint8(model.decode(torch.from_numpy(codes[::40]).long().view(-1, 8, 8)))
+    inside = np.s_[:, 2:30, 2:30]  # the 28 x 28 original pixels
+    error = np.square(images[inside].astype(float) - shown[inside]).mean()
+    assert 10 * np.log10(255**2 / error) > 24.5
+    assert np.array_equal(labels, np.load(os.path.join(FASHION, "labels_val.npy")))
+    assert len(np.unique(np.load(os.path.join(FASHION, "codes.npy")))) == 256
+
+
+def test_a_tokenizer_that_lacks_a_weight_is_refused(tmp_path):
+    path, state = str(tmp_path / "t.pt"), tokenizer.VQModel(**SMALL).state_dict()
+    for change in ({"decoder.mid.1.norm.bias": None}, {"extra.weight": torch.zeros(1)}):
+        changed = {k: v for k, v in {**state, **change}.items() if v is not None}
+        torch.save({"model": changed}, path)
+        with pytest.raises(BadInput, match=next(iter(change))):
+            tokenizer.load_tokenizer(path)
+    for foreign in ({"model": {}}, {"model": 3}, [1, 2], torch.zeros(3)):
+        torch.save(foreign, path)
+        with pytest.raises(BadInput, match="expected LlamaGen's tokenizer"):
+            tokenizer.load_tokenizer(path)
+
+
+def test_a_tokenizer_with_nan_or_of_other_codes_is_refused(tmp_path, small_tokenizer):
+    digest = tokenizer.sha256(small_tokenizer)
+    for meta in (None, {}, {"vocab": 32, "tokenizer_sha256": digest}, {"tokenizer_sha256": None}):
+        assert not tokenizer.load_tokenizer(small_tokenizer, meta=meta).training
+    with pytest.raises(BadInput, match="small.pt: 32 codes, expected 33"):
+        tokenizer.load_tokenizer(small_tokenizer, meta={"vocab": 33})
+    with pytest.raises(BadInput, match=f"{digest}.*another.*0000"):
+        tokenizer.load_tokenizer(small_tokenizer, meta={"tokenizer_sha256": "0" * 64})
+    state = tokenizer.VQModel(**SMALL).state_dict()
+    state["decoder.conv_in.bias"][3] = torch.nan
+    torch.save({"model": state}, tmp_path / "nan.pt")
+    with pytest.raises(BadInput, match="decoder.conv_in.bias holds NaN"):
+        tokenizer.load_tokenizer(str(tmp_path / "nan.pt"))
+
+
+# ---- 3. images
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp", "gray", "cmyk", "palette", "16-bit", "16-bit I",
+                                  "alpha", "gray alpha", "palette alpha", "keyed", "1-bit"])
+def test_images_of_every_kind_give_the_expected_pixels(tmp_path, kind):
+    colour = random_images(1, seed=5, size=16)[0]
+    gray = colour[..., 0]
+    alpha = np.where(np.arange(16) < 8, 255, 0).astype(np.uint8)[None].repeat(16, 0)
+    on_white = np.where(alpha[..., None] > 0, colour, 255)
+    as_rgb = np.stack([gray] * 3, -1)
+    picture, expected, options, tolerance = {
+        "jpeg": (Image.fromarray(colour), colour,
+                 dict(format="JPEG", quality=100, subsampling=0), 5),
+        "webp": (Image.fromarray(colour), colour, dict(format="WEBP", lossless=True), 0),
+        "gray": (Image.fromarray(gray), as_rgb, {}, 0),
+        "cmyk": (Image.fromarray(colour).convert("CMYK"), colour,
+                 dict(format="JPEG", quality=100, subsampling=0), 5),
+        "palette": (Image.fromarray(gray).convert("P"), as_rgb, {}, 0),
+        "16-bit": (Image.fromarray(gray.astype(np.uint16) * 257), as_rgb, {}, 0),
+        "16-bit I": (Image.fromarray(gray.astype(np.int32) * 257), as_rgb, dict(format="TIFF"), 0),
+        "alpha": (Image.fromarray(np.dstack([colour, alpha])), on_white, {}, 0),
+        "gray alpha": (Image.fromarray(np.dstack([gray, alpha])),
+                       np.where(alpha[..., None] > 0, as_rgb, 255), {}, 0),
+        "palette alpha": (Image.fromarray(gray).convert("P"),
+                          np.where(as_rgb == gray[0, 0], 255, as_rgb),
+                          dict(transparency=int(gray[0, 0])), 0),
+        "keyed": (Image.fromarray(colour),
+                  np.where((colour == colour[0, 0]).all(-1)[..., None], 255, colour),
+                  dict(transparency=tuple(colour[0, 0].tolist())), 0),
+        "1-bit": (Image.fromarray(gray > 127), np.where(as_rgb > 127, 255, 0), {}, 0),
+    }[kind]
+    (tmp_path / "a" / "deeper").mkdir(parents=True)
+    picture.save(tmp_path / "a" / "deeper" / "x", **{"format": "PNG", **options})
+    (pixels,) = tokenizer.Images(str(tmp_path), [16])[0]
+    assert pixels.dtype == np.uint8 and pixels.shape == (16, 16, 3)
+    assert np.abs(pixels.astype(int) - expected).max() <= tolerance
+
+
+def test_class_folders_are_read_in_the_order_of_imagefolder(tmp_path, capsys):
+    names = ["b/2.png", "b/10.png", "a/z/1.png", "a/y/3.png", "a/1.png", "a/.hidden", "top.txt",
+             "a/.git/4.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "c").mkdir()
+    data = tokenizer.Images(str(tmp_path), [8])
+    assert data.items.tolist() == [b"a/1.png", b"a/y/3.png", b"a/z/1.png", b"b/10.png", b"b/2.png"]
+    assert data.labels.tolist() == [0, 0, 0, 1, 1] and data.classes == ["a", "b", "c"]
+    assert "top.txt" in capsys.readouterr().err
+
+
+def test_links_are_followed_but_not_in_a_circle(tmp_path):
+    images = class_folder(tmp_path / "images", random_images(4))
+    (tmp_path / "elsewhere").mkdir()
+    Image.fromarray(random_images(1)[0]).save(tmp_path / "elsewhere" / "x.png")
+    for name, target in (("a/loop", "."), ("a/up", ".."), ("a/z", "../../elsewhere"), ("c", ".")):
+        os.symlink(target, os.path.join(images, name))
+    data = tokenizer.Images(images, [8])
+    assert data.items.tolist() == [b"a/000.png", b"a/001.png", b"a/z/x.png", b"b/002.png",
+                                   b"b/003.png"]
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, capsys, monkeypatch):
+    class_folder(tmp_path / "images", random_images(4))
+    monkeypatch.chdir(tmp_path)  # for another user the folders above may be closed too
+    tmp_path.chmod(0o755)
+    user = os.geteuid()
+    for closed in ("images/a", "images"):
+        os.chmod(closed, 0)
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            refuses(capsys, ["train", "images", "x.pt"], f"{closed}: cannot be read (Permission")
+        finally:
+            os.seteuid(user)
+            os.chmod(closed, 0o755)
+
+
+# ---- 4. pictures, and .npz of samples
+
+
+def test_a_picture_has_a_class_a_row(tmp_path):
+    images = random_images(6, size=32)
+    path = str(tmp_path / "x.png")
+    tokenizer.save_images(path, iter([images[:4], images[4:]]), [7, 2, 7, 7, 2, 5])
+    sheet = np.asarray(Image.open(path))[::2, ::2]  # every pixel is 2 x 2
+    assert sheet.shape == (3 * 33 - 1, 3 * 33 - 1, 3)
+    expected = {(0, 0): 0, (0, 1): 2, (0, 2): 3, (1, 0): 1, (1, 1): 4, (2, 0): 5}
+    for row in range(3):
+        for column in range(3):
+            cell = sheet[row * 33 : row * 33 + 32, column * 33 : column * 33 + 32]
+            i = expected.get((row, column))
+            assert np.array_equal(cell, np.full_like(cell, 255) if i is None else images[i])
+    assert (sheet[32] == 255).all() and (sheet[:, 65] == 255).all()
+
+
+def test_samples_are_streamed_into_an_npz(tmp_path):
+    images = random_images(5)
+    path = str(tmp_path / "x.npz")
+    sizes = []
+
+    def chunks():
+        for part in (images[:2], images[2:]):
+            sizes.append(os.path.getsize(path + ".part"))
+            yield part
+
+    tokenizer.save_images(path, chunks(), torch.tensor([3, 1, 2, 0, 70000]))
+    with np.load(path) as z:
+        assert z.files == ["arr_0", "labels"] and np.array_equal(z["arr_0"], images)
+        assert z["labels"].tolist() == [3, 1, 2, 0, 70000] and z["labels"].dtype == np.int64
+    assert len(sizes) == 2
+
+
+def test_nothing_is_left_of_samples_that_fail(tmp_path):
+    def chunks():
+        yield random_images(2)
+        raise BadInput("no more")
+
+    for name, error in (("x.png", "no more"), ("x.npz", "no more"), ("x.jpg", "expected a .png")):
+        with pytest.raises(BadInput, match=error):
+            tokenizer.save_images(str(tmp_path / name), chunks(), [0, 1, 2])
+    assert not os.listdir(tmp_path)
+
+
+# ---- 5. training
+
+
+def training(images, out, **values):
+    return ["train", str(images), str(out), *flags(**{
+        "image_size": 4, "steps": 200, "batch": 2, "ch_mult": 1, "codebook_size": 16, **values})]
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, capsys):
+    images = image_file(tmp_path / "x.npz", size=4)
+    whole, killed = tmp_path / "whole.pt", tmp_path / "killed.pt"
+    process = program(training(images, whole), hangup=signal.SIG_IGN)
+    wait_for((tmp_path / "whole.pt.train").exists, process)
+    process.send_signal(signal.SIGHUP)  # which nohup has made it ignore
+    assert not whole.exists()  # what is not finished has not its name
+    shutil.copy(tmp_path / "whole.pt.train", tmp_path / "killed.pt.train")  # what a kill leaves
+    lines = process.communicate()[0].splitlines()
+    assert [x.split("  ")[0] for x in lines] == ["step 100 of 200", "step 200 of 200"]
+    refuses(capsys, training(images, killed, lr=0.5), "killed.pt.train", "lr is 0.001 there")
+    assert tokenizer.main(training(images, killed)) == 0
+    assert "step 100" not in capsys.readouterr().out
+    assert whole.read_bytes() == killed.read_bytes()
+    assert {"whole.pt", "killed.pt", "x.npz"} == set(os.listdir(tmp_path))
+
+
+def test_a_loss_that_is_no_number_leaves_the_good_file(tmp_path, capsys):
+    images = image_file(tmp_path / "x.npz", size=4)
+    (tmp_path / "t.pt").write_bytes(b"good")
+    refuses(capsys, training(images, tmp_path / "t.pt", lr=1e5), "lr is 100000", "loss is nan")
+    assert set(os.listdir(tmp_path)) == {"x.npz", "t.pt"}
+    assert (tmp_path / "t.pt").read_bytes() == b"good"
+
+
+# ---- 6. and 7. images to codes
+
+
+@pytest.mark.parametrize("size, scale", [(16, 1.1), (20, 1.25), (16, 1.5)])
+def test_ten_crops_are_those_of_torchvision(size, scale):
+    image = random_images(1, seed=2, size=64)[0]
+    (whole,) = from_uint8(np.stack([tokenizer.center_crop(
+        Image.fromarray(image), int(size * scale))]))
+    side = whole.shape[-1]
+    expected = []
+    for flipped in (False, True):
+        x = whole.flip(-1) if flipped else whole
+        middle = int(round((side - size) / 2))
+        for top, left in ((0, 0), (0, side - size), (side - size, 0), (side - size, side - size),
+                          (middle, middle)):
+            expected.append(x[:, top : top + size, left : left + size])
+    for view, right in zip(tokenizer.crops(whole[None], size, "ten_crop"), expected, strict=True):
+        assert torch.equal(view[0], right)
+
+
+def test_views_of_two_scales_are_encoded_one_after_the_other(tmp_path, small_tokenizer):
+    import npp
+    images = random_images(3, seed=3, size=64)
+    np.savez(tmp_path / "x.npz", arr_0=images, labels=np.arange(3))
+    out = tmp_path / "data"
+    assert tokenizer.main(encoding(tmp_path / "x.npz", out, small_tokenizer, views="ten_crop",
+                                   scales="1.5,1.25")) == 0
+    codes, model = np.load(out / "codes.npy"), tokenizer.load_tokenizer(small_tokenizer)
+    assert codes.shape == (3, 20, 16)
+    for i, scale in enumerate((1.5, 1.25)):
+        base = np.stack([tokenizer.center_crop(Image.fromarray(x), int(16 * scale))
+                         for x in images])
+        for j, view in enumerate(tokenizer.crops(from_uint8(base), 16, "ten_crop")):
+            assert np.array_equal(model.encode(view).flatten(1), codes[:, 10 * i + j])
+    assert len(np.unique(codes[0], axis=0)) > 10  # the views do differ
+    assert tokenizer.main(encoding(tmp_path / "x.npz", out, small_tokenizer, split="val")) == 0
+    assert npp.Codes(str(out)).val[0].shape[0] == 3
+
+
+def test_an_unreadable_image_is_named_and_the_rest_encoded(tmp_path, small_tokenizer, capsys):
+    images = class_folder(tmp_path / "images", random_images(6))
+    data = tmp_path / "data"
+    with open(tmp_path / "images" / "a" / "001.png", "wb") as f:
+        f.write(b"no picture")
+    assert tokenizer.main(encoding(images, data, small_tokenizer)) == 2
+    message = capsys.readouterr().err
+    assert message.count("unreadable image") == 1 and "001.png" in message
+    assert np.load(data / "labels.npy").tolist() == [0, 0, 1, 1, 1]
+    assert len(np.load(data / "codes.npy")) == 5
+    Image.fromarray(random_images(1)[0]).save(tmp_path / "images" / "a" / "001.png")
+    assert tokenizer.main(encoding(images, data, small_tokenizer)) == 0  # it is tried again
+    assert len(np.load(data / "codes.npy")) == 6
+
+
+def test_a_killed_encoding_goes_on_with_two_ranks_to_the_same_files(tmp_path, small_tokenizer):
+    import npp
+    images = class_folder(tmp_path / "images", random_images(200, seed=4))
+    for name in ("a/007.png", "b/150.png"):
+        (tmp_path / "images" / name).write_text("no picture")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert tokenizer.main(encoding(images, whole, small_tokenizer)) == 2
+    process = program(encoding(images, killed, small_tokenizer))
+    wait_for((killed / "codes.part" / "000000000.npz").exists, process)
+    process.kill()
+    process.communicate(timeout=30)  # ends when no worker holds the pipe any more
+    assert process.returncode == -signal.SIGKILL
+    assert not (killed / "codes.part" / "000000192.npz").exists()
+    with pytest.raises(BadInput):
+        npp.Codes(str(killed))
+    ranks = two_ranks(encoding(images, killed, small_tokenizer))
+    err = "".join(process.communicate(timeout=60)[1] for process in ranks)
+    assert [process.returncode for process in ranks] == [2, 0]
+    assert err.count("unreadable image") == 2 and "007.png" in err and "150.png" in err
+    assert files(killed) == files(whole)
+    assert np.load(whole / "codes.npy").shape == (198, 2, 16)
+    assert np.bincount(np.load(whole / "labels.npy")).tolist() == [99, 99]
+
+
+KILLER = """
+import os, shutil, signal, sys
+import torch, npp, tokenizer
+
+def run(command, out, kill_at):  # in a child, which dies at the n-th change of the disk
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    torch.set_num_threads(1)
+    left = [kill_at]
+    def deadly(change):
+        def changed(*arguments, **named):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(*arguments, **named)
+        return changed
+    for name in ("replace", "remove"):
+        setattr(os, name, deadly(getattr(os, name)))
+    os._exit(tokenizer.main([x.replace("OUT", out) for x in command]))
+
+def read(folder):
+    with os.scandir(folder) as entries:
+        return {e.name: open(e.path, "rb").read() for e in entries if e.is_file()}
+
+old, new, out, *command = sys.argv[1:]
+old_files, new_files, kill_at, died = read(old), read(new), 1, True
+train_files = {k: v for k, v in old_files.items() if "_val" not in k}
+while died:
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(old, out)
+    died = run(command, out, kill_at) != 0
+    try:
+        npp.Codes(out)
+        now = read(out)
+        if "codes_val.npy" not in now:  # then there is no val split, and these do not count
+            now.pop("labels_val.npy", None)
+        assert now in (old_files, train_files, new_files), (kill_at, now.keys())
+    except tokenizer.BadInput:
+        assert died, kill_at
+    if died:
+        assert run(command, out, 0) == 0
+    assert read(out) == new_files and len(os.listdir(out)) == len(new_files), kill_at
+    kill_at += 1
+print(kill_at)
+"""
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_no_kill_leaves_a_mix_of_two_encodings(tmp_path, small_tokenizer, other_tokenizer, split):
+    old = image_file(tmp_path / "old.npz", n=4, seed=6)
+    new = image_file(tmp_path / "new.npz", n=4, seed=7)
+    before, after = tmp_path / "before", tmp_path / "after"
+    if split == "train":  # other codes, so that the old val split must go
+        for part in ("train", "val"):
+            assert tokenizer.main(encoding(old, before, other_tokenizer, split=part)) == 0
+        assert tokenizer.main(encoding(new, after, small_tokenizer)) == 0
+    else:
+        for folder in (before, after):
+            assert tokenizer.main(encoding(old, folder, small_tokenizer)) == 0
+        assert tokenizer.main(encoding(old, before, small_tokenizer, split="val")) == 0
+        assert tokenizer.main(encoding(new, after, small_tokenizer, split="val")) == 0
+    command = encoding(new, "OUT", small_tokenizer, split=split)
+    done = subprocess.run([sys.executable, "-c", KILLER, before, after, tmp_path / "out", *command],
+                          cwd=HERE, capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) > 9  # so many kills were survived
+
+
+def test_a_full_disk_leaves_the_old_data_set_and_what_is_encoded(tmp_path, small_tokenizer,
+                                                                 other_tokenizer, capsys):
+    images = image_file(tmp_path / "x.npz", n=80)
+    out = tmp_path / "data"
+    for split in ("train", "val"):
+        assert tokenizer.main(encoding(images, out, small_tokenizer, split=split)) == 0
+    before = files(out)
+    with full_disk(os.path.getsize(other_tokenizer) // 2):  # the codes fit, the tokenizer does not
+        refuses(capsys, encoding(images, out, other_tokenizer), "tokenizer.pt: cannot be written")
+    after = files(out)
+    assert {k: after.pop(k) for k in before} == before
+    assert set(after) == {f"codes.part/{x}" for x in ("plan.json", "000000000.npz",
+                                                      "000000064.npz")}
+    assert tokenizer.main(encoding(images, out, other_tokenizer)) == 0
+    assert set(files(out)) == {"codes.npy", "labels.npy", "meta.json", "tokenizer.pt"}
+
+
+def test_another_encoding_under_way_is_not_touched(tmp_path, small_tokenizer, capsys):
+    images, out = class_folder(tmp_path / "images", random_images(6)), tmp_path / "data"
+    plan = {"vocab": 32, "grid": 4, "image_size": 16}
+    tokenizer.start_parts(str(out / "codes.part"), plan, 0)
+    before = files(out)
+    refuses(capsys, encoding(images, out, small_tokenizer, views="one"), "codes.part",
+            "views is None there, one here")
+    assert files(out) == before
+
+
+def test_a_val_split_of_other_classes_is_refused(tmp_path, small_tokenizer, capsys):
+    out = tmp_path / "data"
+    images = class_folder(tmp_path / "images", random_images(6))
+    other = class_folder(tmp_path / "other", random_images(6), names="xyz")
+    refuses(capsys, encoding(images, out, small_tokenizer, split="val"), "meta.json")
+    assert tokenizer.main(encoding(images, out, small_tokenizer)) == 0
+    before = files(out)
+    for wrong in (other, image_file(tmp_path / "three.npz", classes=3)):
+        refuses(capsys, encoding(wrong, out, small_tokenizer, split="val"), "classes is")
+        assert files(out) == before
+    unnamed = image_file(tmp_path / "two.npz", classes=2)
+    assert tokenizer.main(encoding(unnamed, out, small_tokenizer, split="val")) == 0
+
+
+def test_memory_does_not_grow_with_the_codes_of_an_encoding(tmp_path):
+    code = """
+import resource, sys
+import numpy as np, tokenizer
+def chunks():
+    for i in range(25):
+        yield np.ones((800, 10, 256), np.uint16)
+        if i == 2:
+            before.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+before = []
+meta = dict(vocab=16384, grid=16)
+tokenizer.publish(sys.argv[1], "train", meta, chunks(), (20_000, 10, 256), np.zeros(20_000), None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before[0])
+"""
+    grown = subprocess.check_output([sys.executable, "-c", code, tmp_path / "data"], cwd=HERE)
+    assert int(grown) < 40_000  # kB, where the codes are 102 MB
+    assert np.load(tmp_path / "data" / "codes.npy", mmap_mode="r").shape == (20_000, 10, 256)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_with_one_line_and_keeps_the_parts(tmp_path, small_tokenizer, number):
+    images = image_file(tmp_path / "x.npz", n=2000)
+    process = program(encoding(images, tmp_path / "data", small_tokenizer))
+    parts = tmp_path / "data" / "codes.part"
+    wait_for((parts / "000000064.npz").exists, process)
+    process.send_signal(number)
+    assert process.communicate(timeout=30)[1] == "tokenizer.py: stopped\n"
+    assert process.returncode == 130
+    assert not [name for name in os.listdir(parts) if name.endswith(".part")]
+
+
+def test_a_rank_that_loses_the_other_ends_with_one_line(tmp_path, small_tokenizer):
+    images = image_file(tmp_path / "x.npz", n=320)
+    ranks = two_ranks(encoding(images, tmp_path / "data", small_tokenizer))
+    wait_for((tmp_path / "data" / "codes.part" / "000000064.npz").exists, ranks[1])
+    ranks[1].kill()
+    ranks[1].communicate()
+    err = ranks[0].communicate(timeout=60)[1]
+    assert err == "tokenizer.py: another rank ended before the work was done\n"
+    assert ranks[0].returncode == 2
+
+
+# ---- 8. codes to images
+
+
+def test_show_decodes_ten_images_of_ten_classes(tmp_path, capsys):
+    path = str(tmp_path / "x.png")
+    for split in ("train", "val"):
+        assert tokenizer.main(["show", FASHION, path, "--split", split]) == 0
+        assert "T-shirt, Trouser, Pullover" in capsys.readouterr().out
+        suffix = "_val" if split == "val" else ""
+        codes = np.load(os.path.join(FASHION, f"codes{suffix}.npy"), mmap_mode="r")
+        boots = np.flatnonzero(np.load(os.path.join(FASHION, f"labels{suffix}.npy")) == 9)[:10]
+        model = tokenizer.load_tokenizer(os.path.join(FASHION, "tokenizer.pt"))
+        expected = to_uint8(model.decode(torch.from_numpy(codes[boots, 0].astype(int))
+                                         .view(10, 8, 8)))
+        sheet = np.asarray(Image.open(path))[::2, ::2]
+        assert sheet.shape == (10 * 33 - 1, 10 * 33 - 1, 3)
+        assert np.array_equal(sheet[9 * 33 :, 3 * 33 : 3 * 33 + 32], expected[3])
+
+
+def test_show_wants_a_data_set_and_its_tokenizer(tmp_path, small_tokenizer, capsys):
+    out, picture = tmp_path / "data", tmp_path / "x.png"
+    refuses(capsys, ["show", tmp_path, picture], "meta.json: expected what")
+    images = image_file(tmp_path / "x.npz")
+    assert tokenizer.main(encoding(images, out, small_tokenizer)) == 0
+    refuses(capsys, ["show", out, picture, "--split", "val"], "codes_val.npy")
+    meta = json.loads((out / "meta.json").read_text())
+    (out / "meta.json").write_text(json.dumps({**meta, "tokenizer": None}))
+    refuses(capsys, ["show", out, picture], "expected --tokenizer")
+    assert tokenizer.main(["show", str(out), str(picture), "--tokenizer", small_tokenizer]) == 0
+    os.remove(picture)
+    (out / "meta.json").write_text(json.dumps({**meta, "tokenizer_sha256": "0" * 64}))
+    refuses(capsys, ["show", out, picture], "sha256", "0000")
+    np.save(out / "codes.npy", np.full((40, 2, 16), 32, np.uint8))
+    (out / "meta.json").write_text(json.dumps(meta))
+    refuses(capsys, ["show", out, picture], "codes.npy: 32, expected codes from 0 to 31")
+    assert not picture.exists()
+
+
+def test_reconstructions_become_an_npz_for_fid(tmp_path, small_tokenizer, capsys):
+    images = random_images(40, seed=8, size=24)
+    np.savez(tmp_path / "x.npz", arr_0=images, labels=np.arange(40))
+    command = ["reconstruct", str(tmp_path / "x.npz"), str(tmp_path / "again.npz"),
+               *flags(tokenizer=small_tokenizer, image_size=24)]
+    assert tokenizer.main(command) == 0
+    with np.load(command[2]) as z:
+        again, labels = z["arr_0"], z["labels"]
+    model = tokenizer.load_tokenizer(small_tokenizer)
+    expected = to_uint8(model.decode(model.encode(from_uint8(images[32:]))))
+    assert np.array_equal(again[32:40], expected) and labels.tolist() == list(range(40))
+    error = np.square(images.astype(float) - again[:40]).mean()
+    assert f"PSNR {10 * np.log10(255**2 / error):.2f} dB" in capsys.readouterr().out
+    command[2] = str(tmp_path / "again.png")
+    assert tokenizer.main([*command, "--margin", "2"]) == 0
+    inside = np.s_[:, 2:22, 2:22]
+    error = np.square(images[inside].astype(float) - again[inside]).mean()
+    assert f"PSNR {10 * np.log10(255**2 / error):.2f} dB" in capsys.readouterr().out
+    sheet = np.asarray(Image.open(command[2]))[::2, ::2]
+    assert sheet.shape == (4 * 25 - 1, 10 * 25 - 1, 3)
+    assert np.array_equal(sheet[:24, 25:49], images[1])
+    assert np.array_equal(sheet[25:49, 25:49], again[1])
+
+
+def test_reconstructions_of_unreadable_images_are_refused(tmp_path, small_tokenizer, capsys):
+    images = class_folder(tmp_path / "images", random_images(6))
+    (tmp_path / "images" / "a" / "notes.txt").write_text("no picture")
+    for out in (tmp_path / "x.npz", tmp_path / "x.png"):
+        refuses(capsys, ["reconstruct", images, out, *flags(
+            tokenizer=small_tokenizer, image_size=16)], "notes.txt")
+        assert not out.exists() and not os.path.exists(f"{out}.part")
+
+
+# ---- 9. bad input
+
+
+@pytest.mark.parametrize("command, words", [
+    ("encode nowhere x --tokenizer t.pt --image_size 16", "nowhere"),
+    ("train broken.npz x", "broken.npz"), ("train empty x", "no images"),
+    ("encode images x --tokenizer none.pt", "none.pt"), ("encode images x", "--tokenizer"),
+    ("encode images x --tokenizer t.pt --image_size 18", "--image_size is 18, multiple of 4"),
+    ("encode images x --tokenizer t.pt --split test", "--split, 'test'"),
+    ("encode images x --tokenizer t.pt --image_size 16 --split val --views ten_crop", "--views"),
+    ("encode images x --tokenizer t.pt --image_size 100000", "--image_size is 100000, to 1024"),
+    ("encode images x --tokenizer t.pt --image_size 16 --views ten_crop --scales nan", "nan"),
+    ("encode images x --tokenizer t.pt --image_size 16 --views ten_crop --scales 1.1,0.5", "0.5"),
+    ("encode images x --tokenizer t.pt --image_size 16 --views ten_crop --scales " + 400 * "1",
+     "--scales is inf"),
+    ("encode images x --tokenizer t.pt --scales 1.1,a", "--scales"),
+    ("train images x --codebook_size 0", "--codebook_size is 0, expected 1 to 65536"),
+    ("train images x --codebook_size 65537", "--codebook_size is 65537"),
+    ("train images x --ch_mult 0,1", "--ch_mult is 0"),
+    ("train images x --ch_mult 1000000,1", "--ch_mult is 1000000"),
+    ("train images x --ch 20", "--ch is 20"), ("train images x --ch 40", "multiple of 32"),
+    ("train images x --lr nan", "--lr is nan"), ("train images x --lr -1", "--lr is -1.0"),
+    ("train images x --seed 1" + 30 * "0", "--seed is 1000"), ("train images x --seed -1", "-1"),
+    ("train images x --batch 9223372036854775808", "--batch is 9223"),
+    ("train images x --steps 0", "--steps is 0"), ("train images x --stepz 3", "--stepz"),
+    ("train images x --step 3", "--step"), ("train images x --z_channels 9999999", "--z_channels"),
+    ("reconstruct images x.png --tokenizer t.pt --image_size 0", "--image_size is 0"),
+    ("reconstruct images x.png --tokenizer t.pt --image_size 16 --margin 8", "--margin is 8"),
+    ("reconstruct images x --tokenizer t.pt --image_size 16", "x: expected a .png or an .npz"),
+    ("show images x", "images"), ("enkode images x", "enkode"), ("train images", "out"),
+    ("", "COMMAND"),
+])
+def test_bad_arguments_of_the_tokenizer_are_named(tmp_path, capsys, monkeypatch, command, words):
+    monkeypatch.chdir(tmp_path)
+    class_folder(tmp_path / "images", random_images(6))
+    os.mkdir("empty")
+    with open("broken.npz", "wb") as f:
+        f.write(b"PK")
+    tokenizer.save_tokenizer("t.pt", tokenizer.VQModel(**SMALL))
+    refuses(capsys, command.split(), *words.split(", "))
+    assert not os.path.exists("x")
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"labels": np.array([0, 1, -1])}, ("the label of image 2 is -1", "expected 0 to")),
+    ({"labels": np.array([0, 65536, 1])}, ("the label of image 1 is 65536", "0 to 65535")),
+    ({"labels": np.array([0, 1, 2**64 - 1], np.uint64)}, ("the label of image 2 is 1844",)),
+    ({"labels": np.array([0, 2, 1]), "classes": ["a", "b"]}, ("image 1 is 2", "0 to 1")),
+    ({"labels": np.array([0, 0.9, 1])}, ("labels are float64",)),
+    ({"labels": np.array([0, 1])}, ("labels are int64 (2,)", "(3,)")),
+    ({"classes": np.array(3)}, ("classes are int64 ()",)),
+    ({"classes": np.arange(3)}, ("classes are int64 (3,)",)),
+    ({"classes": "cat"}, ("classes are", "()")),
+    ({"arr_0": np.zeros((3, 16, 16), np.uint8)}, ("arr_0 is uint8 (3, 16, 16)",)),
+    ({"arr_0": np.zeros((3, 16, 16, 3))}, ("arr_0 is float64",)),
+    ({"arr_0": np.zeros((0, 16, 16, 3), np.uint8), "labels": np.zeros(0, int)}, ("no images",)),
+    ({"arr_0": np.array([Evil()])}, ("expected arr_0 and labels",)),
+])
+def test_bad_arrays_of_images_are_named(tmp_path, capsys, change, words):
+    arrays = {"arr_0": random_images(3), "labels": np.arange(3), **change}
+    np.savez(tmp_path / "x.npz", **arrays)
+    refuses(capsys, ["train", tmp_path / "x.npz", tmp_path / "t.pt"], "x.npz: ", *words)
+
+
+def test_a_line_stays_one_line_whatever_a_file_is_called(tmp_path, small_tokenizer, capsys):
+    images = class_folder(tmp_path / "images", random_images(2))
+    (tmp_path / "images" / "a" / "two\nlines.png").write_text("no picture")
+    refuses(capsys, encoding(images, tmp_path / "x", small_tokenizer), "two lines.png")
+    refuses(capsys, ["train", "no\nfile", "x"], "no file")
+
+
+def test_images_of_which_none_is_readable_leave_nothing(tmp_path, small_tokenizer, capsys):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "x.png").write_text("no picture")
+    assert tokenizer.main(encoding(tmp_path / "images", tmp_path / "x", small_tokenizer)) == 2
+    assert "not one readable image" in capsys.readouterr().err
+    assert not os.listdir(tmp_path / "x")
+
+
+def test_only_encode_runs_in_several_processes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refuses(capsys, ["train", tmp_path, "x.pt"], "train runs in one process")
+
+
+def test_help_lists_commands_and_flags(capsys):
+    for command, words in (([], ("train", "encode", "show", "reconstruct")),
+                           (["encode"], ("--views", "--scales", "ten_crop", "--split"))):
+        with pytest.raises(SystemExit) as end:
+            tokenizer.main([*command, "--help"])
+        text = capsys.readouterr().out
+        assert end.value.code == 0 and all(word in text for word in words)
+
+
+# ---- 10. the codes that LlamaGen extracted
+
+
+def llamagen_codes(folder, images=5, views=10, grid=4, vocab=16384, seed=0, size=64):
+    """A folder as LlamaGen's extract_codes_c2i.py leaves it -> codes (images, views, N)"""
+    codes = np.random.default_rng(seed).integers(0, vocab, (images, views, grid**2))
+    for name in ("codes", "labels"):
+        (folder / f"imagenet{size}_{name}").mkdir(parents=True)
+    for i in range(images):
+        np.save(folder / f"imagenet{size}_codes" / f"{i}.npy", codes[i : i + 1])
+        np.save(folder / f"imagenet{size}_labels" / f"{i}.npy", np.array([i % 3]))
+    return codes
+
+
+def test_pack_adopts_the_codes_of_llamagen(tmp_path, small_tokenizer):
+    import npp
+    first = llamagen_codes(tmp_path / "c2i_ten_crop", images=11)
+    second = llamagen_codes(tmp_path / "c2i_ten_crop_105", images=11, seed=1)
+    out = str(tmp_path / "data")
+    assert pack.main([str(tmp_path / "c2i_ten_crop") + "/", out]) == 0
+    data = npp.Codes(out)
+    assert np.array_equal(data.codes, np.concatenate([first, second], axis=1))
+    assert data.labels.tolist() == [i % 3 for i in range(11)] and data.codes.dtype == np.uint16
+    with open(os.path.join(out, "meta.json")) as f:
+        assert json.load(f) == {
+            "vocab": 16384, "grid": 4, "image_size": 64, "classes": ["0", "1", "2"],
+            "tokenizer": None, "tokenizer_sha256": None, "made_by": "data/imagenet/pack.py"}
+    codes = llamagen_codes(tmp_path / "small", vocab=32, grid=4, views=2, size=16)
+    out = str(tmp_path / "named")
+    assert pack.main([str(tmp_path / "small"), out, *flags(tokenizer=small_tokenizer)]) == 0
+    assert np.array_equal(np.load(os.path.join(out, "codes.npy")), codes)
+    images = class_folder(tmp_path / "images", random_images(6), names="xyz")
+    assert tokenizer.main(encoding(images, out, small_tokenizer, split="val")) == 0
+    with open(os.path.join(out, "meta.json")) as f:
+        assert json.load(f)["classes"] == ["0", "1", "2"]
+    assert npp.Codes(out).val
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("c_ten_crop/imagenet64_codes/2.npy", None, ("2.npy", "missing")),
+    ("c_ten_crop/imagenet64_labels/2.npy", None, ("2.npy", "missing")),
+    ("c_ten_crop/imagenet64_codes/3.npy", b"broken", ("3.npy", "damaged")),
+    ("c_ten_crop/imagenet64_codes/3.npy", np.zeros((1, 10, 9), int), ("3.npy", "(1, 10, 9)")),
+    ("c_ten_crop/imagenet64_codes/3.npy", np.full((1, 10, 16), 16384), ("3.npy", "16383")),
+    ("c_ten_crop/imagenet64_codes/0.npy", np.zeros((10, 16), int), ("0.npy", "(10, 16)")),
+    ("c_ten_crop/imagenet64_codes/x.npy", np.zeros((1, 10, 16), int), ("x.npy",)),
+    ("c_ten_crop_105/imagenet64_codes/4.npy", None, ("4.npy", "missing")),
+    ("c_ten_crop_105/imagenet64_labels/4.npy", np.array([0]), ("105", "labels")),
+    ("c_ten_crop/imagenet96_codes/0.npy", np.zeros(1), ("imagenet96_codes",)),
+    ("c_ten_crop/imagenet64_labels/3.npy", np.array([70000]), ("3.npy", "65535")),
+])
+def test_pack_names_the_file_that_is_wrong(tmp_path, capsys, name, content, words):
+    for folder in ("c_ten_crop", "c_ten_crop_105"):
+        llamagen_codes(tmp_path / folder)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if content is None:
+        path.unlink()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content)
+    refuses(capsys, [tmp_path / "c_ten_crop", tmp_path / "data"], *words, main=pack.main)
+    assert not (tmp_path / "data").exists() or not os.listdir(tmp_path / "data")
+
+
+def test_pack_refuses_what_is_no_folder_of_codes(tmp_path, capsys):
+    refuses(capsys, [tmp_path / "nowhere", tmp_path / "x"], "nowhere", main=pack.main)
+    refuses(capsys, [tmp_path, tmp_path / "x"], "expected one folder", main=pack.main)
+    refuses(capsys, ["--pack"], "", main=pack.main)
