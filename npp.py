@@ -9,7 +9,7 @@ plain next-token prediction. --patches 1 trains by next-token prediction from th
 $ python npp.py                                          # minutes on a CPU, ends with pictures
 $ torchrun --nproc_per_node=8 npp.py --model B --data codes/imagenet256           # the paper
 $ python npp.py --sample out/tiny/ckpt.pt --classes Sandal,Bag --out bags.png
-$ torchrun --nproc_per_node=8 -- npp.py --sample W.pt --tokenizer VQ.pt --n 50000 --out b.npz
+$ torchrun --nproc_per_node=8 -- npp.py --sample out/B/ckpt.pt --n 50000 --out b.npz
 
 Shapes: B images of N = h * w codes, patches of K = p * p codes, width D, vocabulary V.
 """
@@ -30,7 +30,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # DDP imports it later, and would then keep threads that abort the exit
+import torch.distributed.nn  # now, as DDP's own late import leaves threads that abort the exit
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
@@ -57,10 +57,10 @@ class Config:
     data: str = "data/fashion"   # folder of codes, written by tokenizer.py encode
     out: str = ""                # folder of the run (out/MODEL); with --sample a .png or .npz
     init: str = ""               # checkpoint whose weights to start from
-    # These decide the result: a run is resumed only with the same values.
+    # These decide the result: a run is resumed only with the same values (RECIPE below).
     model: str = "tiny"          # tiny, B, L, XL, XXL or 3B
     patches: tuple = (2, 1)      # patch edge p of each stage; 4,2,1 adds a level
-    lam: float = 0.5             # 0.5: with patches 4,2,1 the stages end at 25, 50 and 100 %
+    lam: float = 0.5             # stage i of L ends at lam^(L-1-i) of the steps: 25, 50, 100 %
     epochs: float = 300.0        # passes over the images
     steps: int = 0               # total steps, instead of epochs
     batch: int = 256             # images in a step, over all ranks
@@ -73,8 +73,8 @@ class Config:
     dropout: float = 0.1         # on token embeddings, attention and feed-forward outputs
     class_dropout: float = 0.1   # share of labels replaced by the null label, for guidance
     seed: int = 0                # of weights, batches, dropout and samples
-    # These do not.
-    micro_batch: int = 0         # images that a rank takes at once; 0: its share of a batch
+    # These change it by rounding and dropout masks only.
+    micro_batch: int = 0         # images at once on a rank; 0: its share of a batch, 100 samples
     compile: str = "auto"        # true, false, or auto: true for training on a GPU
     dtype: str = "auto"          # float32, bfloat16, or auto: bfloat16 on a GPU
     log_every: int = 100         # steps between lines of log.jsonl
@@ -82,7 +82,7 @@ class Config:
     save_every: int = 2000       # steps between checkpoints
     # Instead of training, draw samples.
     sample: str = ""             # the checkpoint to sample from
-    classes: str = ""            # names or numbers with commas, or random; default: all in turn
+    classes: str = ""            # names or numbers with commas, or random; else all (.png: ten)
     n: int = 0                   # number of samples; 0: ten of each class
     cfg_scale: float = 2.0       # guidance scale; 1: no guidance
     temperature: float = 1.0     # divides the logits
@@ -93,7 +93,7 @@ class Config:
     image_size_eval: int = 0     # resize samples to this many pixels before saving
 
 
-TINY = dict(steps=1200, batch=64, lr=8e-3, dropout=0.0,
+TINY = dict(steps=1200, batch=64, lr=8e-3, dropout=0.0,  # its rate at 64 images is 2e-3
             log_every=25, eval_every=200, save_every=200)
 
 RECIPE = ("model patches lam epochs steps batch lr lr_min warmup_epochs decay_frac weight_decay "
@@ -118,7 +118,7 @@ def patch_targets(codes, p):
 def npp_loss(logits, targets):
     """Patch cross-entropy (Eq. 3): logits (B, N/K, V), targets (B, N/K, K) -> mean nats per code
 
-    The K codes of a patch are targets of one distribution, so no logits need repeating.
+    The same number as cross-entropy on logits repeated K times, at 1/K of the memory.
     """
     log_probs = logits.log_softmax(-1)                      # (B, N/K, V)
     return -log_probs.gather(-1, targets).mean()            # the mean of (B, N/K, K)
@@ -145,7 +145,7 @@ def stage(step, total, patches, lam):
 def lr_at(step, total, patches, lam, lr, lr_min, warmup, decay_frac):
     """Learning rate, in each stage afresh (Sec. 4.1): linear warm-up, plateau at lr, linear decay
 
-    warmup is in steps. The decay takes the last decay_frac of the stage and ends at lr_min.
+    warmup is in steps. The decay takes the last decay_frac of the stage and ends just above lr_min.
     """
     _, first, end = stage(step, total, patches, lam)
     warmup = max(1, min(warmup, (end - first) / 10))        # at most a tenth of the stage
@@ -164,8 +164,8 @@ def rope_2d(h, head_dim, device=None):
     """cos and sin (1 + h*h, head_dim/2, 2) for an h x h grid of patches, class position first
 
     One half of the head turns with the row, the other with the column. Both are counted in patches,
-    whatever p is. cos = sin = 0 gives the class q = k = 0, so every position attends to the class
-    with score 0: an oddity of LlamaGen that the published weights were trained with.
+    whatever p is. The row of the class is cos = sin = 0. That makes its key 0, so every position
+    gives it score 0 (before the softmax): an oddity of LlamaGen that its weights were trained with.
     """
     frequency = 10000 ** -(torch.arange(0, head_dim // 2, 2, device=device) / (head_dim // 2))
     angle = torch.arange(h, device=device)[:, None] * frequency         # (h, head_dim/4)
@@ -178,7 +178,7 @@ def rope_2d(h, head_dim, device=None):
 
 def rotate(x, rope):
     """Turn pairs (2j, 2j+1) of x (B, H, S, head_dim) by the angles of rope (S, head_dim/2, 2)"""
-    pairs = rearrange(x.float(), "b h s (d pair) -> b h s d pair", pair=2)
+    pairs = rearrange(x.float(), "b head s (d pair) -> b head s d pair", pair=2)
     a, b = pairs.unbind(-1)                                             # (B, H, S, head_dim/2)
     cos, sin = rope.unbind(-1)                                          # (S, head_dim/2)
     turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -217,7 +217,8 @@ class Attention(nn.Module):
         With a KV cache x is a single position, position (1,) says which, and mask (1, length)
         says which of the first `length` positions it attends to.
         """
-        q, k, v = rearrange(self.wqkv(x), "b s (qkv h d) -> qkv b h s d", qkv=3, h=self.n_head)
+        q, k, v = rearrange(self.wqkv(x), "b s (qkv head d) -> qkv b head s d", qkv=3,
+                            head=self.n_head)
         q = rotate(q, rope)
         k = rotate(k, rope)
         if cache is None:
@@ -225,7 +226,7 @@ class Attention(nn.Module):
         else:
             k, v = cache.update(position, k, v, length=mask.shape[1])   # (B, H, length, head_dim)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        y = rearrange(y, "b h s d -> b s (h d)")
+        y = rearrange(y, "b head s d -> b s (head d)")
         return self.dropout(self.wo(y))
 
 
@@ -314,7 +315,7 @@ class Transformer(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------
-# 4. Sampling: plain next-token prediction
+# 4. Sampling: plain next-token prediction, as the last stage has p = 1, where a patch is one code
 
 
 def choose(logits, u, temperature=1.0, top_k=0, top_p=1.0):
@@ -337,12 +338,6 @@ def choose(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     return codes.clamp(max=logits.shape[-1] - 1)                        # NaN would give V
 
 
-def guide(logits, cfg_scale):
-    """Classifier-free guidance: logits (2B, V), with the class and without it -> (B, V)"""
-    cond, uncond = logits.chunk(2)
-    return uncond + cfg_scale * (cond - uncond)
-
-
 class Decoder:
     """The model at one position after the other: decoder(x, i), x (B, 1, D) -> logits (B, V)"""
 
@@ -359,14 +354,15 @@ class Decoder:
             # A GPU computes a position faster than Python can launch its kernels. So they are
             # recorded once, as a CUDA graph, and replayed for every batch that this decoder draws.
             # A graph always writes to the same memory, therefore the caches must not move.
-            self.next_logits = torch.compile(model.next_logits, mode="reduce-overhead")
+            self.next_logits = torch.compile(model.next_logits, mode="reduce-overhead",
+                                             dynamic=False)
             for cache in self.caches:
                 torch._dynamo.mark_static_address(cache.k)
                 torch._dynamo.mark_static_address(cache.v)
 
     def __call__(self, x, i):
         length = i + 1
-        if self.compiled:  # a graph has one shape: read a whole quarter, the mask hides the rest
+        if self.compiled:  # a graph has fixed shapes: there is one for each quarter of the cache
             quarter = math.ceil(len(self.positions) / 4)
             length = min((i // quarter + 1) * quarter, len(self.positions))
         mask = (self.positions[:length] <= i)[None]                     # (1, length)
@@ -387,7 +383,7 @@ def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, 
     model.eval()
     if noise is None:
         noise = torch.rand(len(labels), model.grid**2, device=labels.device)
-    noise = patch_targets(noise, p)                                     # (B, N/K, K)
+    noise = patch_targets(noise, p)                                     # (B, N/K, K), as codes are
     guided = cfg_scale != 1
     if guided:  # one batch of both: with the class, and with the null label
         labels = torch.cat([labels, torch.full_like(labels, model.classes)])
@@ -405,7 +401,7 @@ def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, 
         finite &= logits.isfinite().all()                               # looked at after the loop
         new = choose(logits, noise[:, i], temperature, top_k, top_p)    # (B, K)
         codes.append(new)
-        x = model.tok_embeddings(new).mean(dim=1, keepdim=True)         # (B, 1, D), Eq. 2 again
+        x = patchify(model.tok_embeddings(new), p)                      # (B, 1, D)
         if guided:
             x = torch.cat([x, x])
     model.train(was_training)
@@ -422,6 +418,7 @@ def noise_of(seed, images, length):
 
 # -------------------------------------------------------------------------------------------------
 # 5. Data: batches that are a pure function of (seed, step)
+# (a seed's second number: 0 order, 1 views and labels, 2 dropout, 3 noise, 4 random classes)
 
 
 def require(condition, message):
@@ -433,8 +430,9 @@ def require(condition, message):
 class Codes:
     """A folder that tokenizer.py encode wrote. Raises BadInput.
 
-    codes (images, views, N) and labels (images,) are memory-mapped; val is the same pair for the
-    validation split, or None; meta is meta.json: vocab, grid, image_size, classes, tokenizer, ..
+    codes (images, views, N) and labels (images,) are memory-mapped. The views of an image are the
+    crops of it that were encoded; training draws one at random. val is the same pair for the
+    validation split, or None. meta is meta.json: vocab, grid, image_size, classes, tokenizer, ..
     """
 
     def __init__(self, folder):
@@ -445,8 +443,9 @@ class Codes:
         if os.path.exists(os.path.join(folder, "codes_val.npy")):
             self.val = open_codes(folder, self.meta, "_val")
 
-    def read(self, codes, labels, image, view=0):
-        """Codes and labels of some images -> int64 tensors (b, N), (b,)"""
+    def read(self, split, image, view=0):
+        """Codes and labels of some images of a split -> int64 tensors (b, N), (b,)"""
+        codes, labels = split
         found = codes[image, view]
         worst = found.max(axis=1).argmax()
         require(found.max() < self.meta["vocab"], f"{codes.filename}: image {image[worst]} has "
@@ -461,13 +460,13 @@ def batch_at(data, step, cfg, rows=slice(None)):
     then takes its rows, so any number of ranks and micro-batches trains on the same batch.
     """
     images = len(data.codes)
-    position = np.arange(step * cfg.batch, (step + 1) * cfg.batch)      # since the first step
+    position = np.arange(step * cfg.batch, (step + 1) * cfg.batch)      # over all epochs
     epoch, offset = np.divmod(position, images)
     image = np.array([epoch_order(images, cfg.seed, e)[i] for e, i in zip(epoch, offset)])
     rng = np.random.default_rng((cfg.seed, 1, step))
     view = rng.integers(data.codes.shape[1], size=cfg.batch)
     drop = rng.random(cfg.batch) < cfg.class_dropout
-    codes, labels = data.read(data.codes, data.labels, image[rows], view[rows])
+    codes, labels = data.read((data.codes, data.labels), image[rows], view[rows])
     labels[torch.from_numpy(drop[rows])] = len(data.meta["classes"])    # the null label
     return codes, labels
 
@@ -487,9 +486,9 @@ def setup():
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         gpus = torch.cuda.device_count()
-        require(here <= gpus, f"{here} processes here, expected one for each GPU: {gpus}")
+        require(processes <= gpus, f"{processes} processes, expected one for each GPU: {gpus}")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
@@ -516,14 +515,14 @@ def build(cfg, meta, device):
     torch.manual_seed(cfg.seed)
     model = Transformer(**SIZES[cfg.model], vocab=meta["vocab"], classes=len(meta["classes"]),
                         grid=meta["grid"], dropout=cfg.dropout)
-    if cfg.init and not os.path.exists(f"{cfg.out}/ckpt.pt"):
+    if cfg.init and not os.path.exists(f"{cfg.out}/ckpt.pt"):           # else resume loads that
         start_from(model, cfg.init)
     model.to(device)
     matrices = [w for w in model.parameters() if w.dim() >= 2]          # embeddings too
     vectors = [w for w in model.parameters() if w.dim() < 2]
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay),
               dict(params=vectors, weight_decay=0.0)]
-    return model, torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+    return model, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 class Loss(nn.Module):
@@ -540,17 +539,18 @@ class Loss(nn.Module):
 def train(cfg):
     """Train, or go on training, the run in cfg.out -> exit code
 
-    A resumed run is bit-exact on one CPU, for five reasons. The checkpoint holds the weights and
-    the optimizer's moments. Patch edge and learning rate follow from the step. So does the batch,
-    with its views and dropped labels. So does the seed of dropout. And every checkpoint closes a
-    line of the log, so half a mean is never lost.
+    A resumed run is bit-exact on one CPU with the same micro_batch and dtype, for five reasons. The
+    checkpoint holds the weights and the optimizer's moments. Patch edge and learning rate follow
+    from the step. So does the batch, with its views and dropped labels. So does the seed of
+    dropout. And every checkpoint closes a line of the log, so half a mean is never lost.
     """
     rank, world_size, device = setup()
     data = Codes(cfg.data)
-    check(cfg, data, world_size)
+    complete(cfg, data, world_size)
     model, optimizer = build(cfg, data.meta, device)
     watcher = Watcher(cfg, data, model, optimizer, rank)
-    first = watcher.first                                               # 0, or where a run goes on
+    first = resume(f"{cfg.out}/ckpt.pt", cfg, watcher.meta, model, optimizer)
+    watcher.start(first)
 
     loss_of = Loss(model)
     if world_size > 1:  # every p uses every parameter, so DDP never waits for a missing gradient
@@ -578,8 +578,10 @@ def train(cfg):
         total = torch.zeros((), device=device)
         codes, labels = batch
         for i, piece in enumerate(zip(codes.split(micro_batch), labels.split(micro_batch))):
-            is_last = i == pieces - 1
-            with nullcontext() if world_size == 1 or is_last else loss_of.no_sync(), autocast:
+            exchange = nullcontext()
+            if world_size > 1 and i < pieces - 1:
+                exchange = loss_of.no_sync()                            # the forward decides that
+            with exchange, autocast:
                 loss = loss_of(*piece, p) / pieces
             loss.backward()
             total += loss.detach()                                      # nobody waits for a GPU
@@ -616,18 +618,24 @@ class Watcher:
         if self.meta["tokenizer"]:
             self.tokenizer = load_tokenizer(self.meta["tokenizer"], self.device, data.meta)
         self.classes = class_numbers(cfg.classes, data.meta["classes"], most=10)
-        self.first = resume(self.path("ckpt.pt"), cfg, self.meta, model, optimizer)
-        mean_over_ranks(torch.zeros(1))                 # all have read it before rank 0 writes
-        if rank == 0 and self.first == cfg.steps:
-            say(f"{cfg.out} is finished after {cfg.steps:,} steps")
-        elif rank == 0:
+        self.lock = None
+        if rank == 0:
             self.lock = lock_folder(cfg.out)
-            cut_log(self.path("log.jsonl"), self.first)
-            if self.first == 0:
+        mean_over_ranks(torch.zeros(1))                 # a barrier: the folder is ours
+
+    def start(self, first):
+        """Before the first step: cut the log, take the folder, say what is done"""
+        mean_over_ranks(torch.zeros(1))                 # a barrier: all ranks have read ckpt.pt
+        self.first = first
+        if self.rank == 0 and first == self.cfg.steps:
+            say(f"{self.cfg.out} is finished after {first:,} steps")
+        elif self.rank == 0:
+            cut_log(self.path("log.jsonl"), first)
+            if first == 0:
                 self.save("ckpt.pt", 0)                 # so that no other recipe claims the folder
-            size = sum(w.numel() for w in model.parameters())
-            say(f"{cfg.model}, {size:,} parameters; {self.meta['images']:,} images; "
-                f"steps {self.first:,} to {cfg.steps:,}; in {cfg.out}")
+            size = sum(w.numel() for w in self.model.parameters())
+            say(f"{self.cfg.model}, {size:,} parameters; {self.meta['images']:,} images; "
+                f"steps {first:,} to {self.cfg.steps:,}; in {self.cfg.out}")
         interrupt.saves_first = True
         self.start_time = self.window_start = time.time()
 
@@ -640,7 +648,7 @@ class Watcher:
         done = step + 1
         _, _, end = stage(step, cfg.steps, cfg.patches, cfg.lam)
         self.losses.append(loss)
-        stop = interrupt.time is not None
+        stop = interrupt.time is not None and done < cfg.steps
         if dist.is_initialized():                       # ranks ask each other at every tenth step
             stop = done % 10 == 0 and mean_over_ranks(torch.tensor(float(stop))) > 0
         save = stop or done == end or done % cfg.save_every == 0
@@ -650,7 +658,7 @@ class Watcher:
 
         loss = mean_over_ranks(torch.stack(self.losses).mean()).item()
         require(math.isfinite(loss) and math.isfinite(norm), f"the loss is {loss} at step {done}, "
-                f"expected a number: try a lower --lr; {self.path('ckpt.pt')} is from before")
+                f"the gradient norm {norm:g}: try a lower --lr; the last checkpoint is from before")
         speed = len(self.losses) * cfg.batch / (time.time() - self.window_start)
         record = {"step": done, "p": p, "loss": loss, "lr": lr, "img_s": round(speed, 1)}
         if evaluate and self.data.val:
@@ -658,47 +666,46 @@ class Watcher:
         if self.rank == 0:
             self.log(record)
             if done == end:
-                self.draw(p)
+                self.save_samples(p)
                 self.save(f"ckpt_p{p}.pt", done)
             if save:
                 self.save("ckpt.pt", done)              # last, as resume trusts this file alone
         self.losses = []
         self.window_start = time.time()
         if stop:
-            mean_over_ranks(torch.zeros(1))             # torchrun ends all once one rank has ended
+            mean_over_ranks(torch.zeros(1))             # a barrier: all end together
         if stop and self.rank == 0:
             say(f"\nstopped after step {done:,}: the same command goes on from there")
         return stop
 
     def log(self, record):
+        """A line of log.jsonl, and the progress line"""
+        path = self.path("log.jsonl")
         try:
-            with open(self.path("log.jsonl"), "a") as f:
+            with open(path, "a") as f:
                 f.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise BadInput(f"{self.path('log.jsonl')}: cannot be written ({error})") from None
-        now = self.work(record["step"])
-        total = self.work(self.cfg.steps)
-        seconds = (time.time() - self.start_time) / (now - self.work(self.first))
-        text = (f"{now / total:4.0%}  step {record['step']:,}  p {record['p']}  "
-                f"loss {record['loss']:.3f}")
+            raise BadInput(f"{path}: cannot be written ({error})") from None
+        text = "step {step:,}  p {p}  loss {loss:.3f}  {img_s:,.0f} img/s".format(**record)
         if "val_loss" in record:
-            text += f"  val {record['val_loss']:.3f}"
-        progress(f"{text}  {record['img_s']:,.0f} img/s", (total - now) * seconds)
+            text += f"  val (p 1) {record['val_loss']:.3f}"
+        before, now, total = [self.work(x) for x in (self.first, record["step"], self.cfg.steps)]
+        left = (time.time() - self.start_time) * (total - now) / (now - before)
+        progress(f"{now / total:4.0%}  {text}", left)
 
     def work(self, until):
         """Work done until a step: a step on patches costs about 1/p^2 of one on single codes"""
         spans = stages(self.cfg.steps, self.cfg.patches, self.cfg.lam)
         return sum(max(0, min(until, end) - first) / p**2 for p, first, end in spans)
 
-    def draw(self, p):
+    def save_samples(self, p):
         """Ten samples of up to ten classes, as the stage of p draws them"""
-        if self.tokenizer is None:
-            return
-        labels = self.classes.repeat(10)
-        images = list(draw(self.model, self.tokenizer, labels, self.cfg, p))
-        save_images(self.path(f"samples_p{p}.png"), images, labels.numpy())
-        if p == 1:
-            save_images(self.path("samples.png"), images, labels.numpy())
+        if self.tokenizer:
+            labels = self.classes.repeat(10)
+            images = list(draw(self.model, self.tokenizer, labels, self.cfg, p))
+            save_images(self.path(f"samples_p{p}.png"), images, labels.numpy())
+            if p == 1:
+                save_images(self.path("samples.png"), images, labels.numpy())
 
     def save(self, name, step):
         state = dict(self.meta, model=self.model.state_dict(), step=step, config=asdict(self.cfg),
@@ -720,7 +727,7 @@ class Watcher:
 def validate(model, data, cfg, device):
     """Mean loss at p = 1 over up to 2,048 validation images"""
     n = len(data.val[0])
-    codes, labels = data.read(*data.val, np.linspace(0, n - 1, min(2048, n)).astype(int))
+    codes, labels = data.read(data.val, np.linspace(0, n - 1, min(2048, n)).astype(int))
     total = 0.0
     model.eval()
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
@@ -758,7 +765,7 @@ def resume(path, cfg, meta, model, optimizer):
     return step
 
 
-def check(cfg, data, world_size):
+def complete(cfg, data, world_size):
     """Fill in steps and out, and refuse what cannot be trained"""
     if not cfg.out:
         cfg.out = f"out/{cfg.model}"
@@ -785,13 +792,13 @@ def lock_folder(folder):
     """Keep other processes off the folder; the lock ends with this process, however it ends"""
     try:
         os.makedirs(folder, exist_ok=True)
-        lock = open(os.path.join(folder, "lock"), "w")
+        lock = open(os.path.join(folder, "lock"), "a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
     except BlockingIOError:
         raise BadInput(f"{folder} is in use by another process, choose another --out") from None
-    except OSError as error:
-        raise BadInput(f"{folder}: cannot be written ({error})") from None
+    except OSError:  # a disk without locks, or one that is read-only: saving would say so
+        return None
 
 
 def cut_log(path, step):
@@ -954,10 +961,11 @@ class Interrupt:
     time = None                                         # of the first signal while training
 
     def __call__(self, number, frame):
+        # A second signal within two seconds is torchrun, which passes a Ctrl-C on.
         if self.saves_first and self.time is None:
             self.time = time.monotonic()
-        elif not self.saves_first or time.monotonic() > self.time + 2:  # sooner it is torchrun,
-            raise KeyboardInterrupt                                     # passing on a Ctrl-C
+        elif not self.saves_first or time.monotonic() > self.time + 2:
+            raise KeyboardInterrupt
 
 
 interrupt = Interrupt()

@@ -1,13 +1,19 @@
 """Does Next Patch Prediction hold on the embedded data? A grid of runs x seeds, and its report
 
     python notebooks/evidence.py run                  # hours on a CPU; stop and go on at will
-    python notebooks/evidence.py run --only plain,2-1 --seeds 3,4
-    python notebooks/evidence.py run --size B --steps 14000 --seeds 0,1,2,3,4       # for a GPU
+    python notebooks/evidence.py run --only constant,plain,2-1 --seeds 3,4
+    python notebooks/evidence.py run --only constant --lr 4e-3
+    python notebooks/evidence.py run --only plain,2-1 --images 6000 --dropout 0.1 --steps 2400
+    python notebooks/evidence.py run --size B --steps 14000            # for a GPU
     python notebooks/evidence.py report               # the lines -> evidence.md, evidence_*.png
 
-`run` appends a line of JSON for each finished run to evidence.jsonl and skips those that are there;
-started twice at once, it shares the work.
+`run` appends a line of JSON for each finished run to evidence.jsonl and skips those that are there.
+Started twice, it shares the work; stopped in any way, the same command goes on to the same numbers.
 Distances are FD(fashion-classifier), not FID: the features are those of data/fashion/features.pt.
+
+The paper compares two changes at once: NPP, which warms up and decays in each stage, with
+LlamaGen's published models, which were trained at a constant rate without warm-up. The runs called
+constant, plain, constant_2-1 and 2-1 take the two apart.
 """
 
 import fcntl
@@ -17,350 +23,729 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass
-from functools import partial
-from itertools import product
-from unittest.mock import patch
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn as nn
 from einops import rearrange
 from scipy import stats
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
+sys.path.insert(0, HERE)
 
+import bench  # noqa: E402
 import fid  # noqa: E402
 import npp  # noqa: E402
-from common import BadInput, Machine, Parser, one_line_errors, write_atomically  # noqa: E402
-from tokenizer import load_tokenizer  # noqa: E402
+from npp import require  # noqa: E402
+from tokenizer import BadInput, load_file, load_tokenizer, replace_file  # noqa: E402
 
 DATA = os.path.join(ROOT, "data", "fashion")
-FACTS = npp.Codes(DATA).facts  # vocab, grid, classes, tokenizer
+GRID = 8                       # codes along each side of its images
 FD = "FD(fashion-classifier)"
-GUIDANCE = 3.0                 # fixed beforehand; 2 proved better in runs over 1,200 steps
-SWEEP = (2.0, 3.0, 4.0)        # of which the best is taken, by FEW samples of other noise
-FEW = 500                      # samples for the sweep, and for each point along training
+VERSION = 2                    # of the scores. Lines without it are of version 1, which scored
+#                                guidance 3 and the best of 2, 3, 4, in bfloat16 on a CPU too.
+SWEEP = (1.5, 2.0, 3.0)        # guidance scales. The best is chosen by FEW samples of other noise.
+FEW = 500
+CHUNK = 500                    # samples drawn at once
+PARTS = 6                      # a run validates, and saves, after each sixth
 
-# ---- 1. What the paper leaves open, as replacements of npp.py's functions ----------------------
+# -------------------------------------------------------------------------------------------------
+# 1. What may vary, as functions that a reader can change
+#
+# rate(step, cfg, warmup) is the learning rate, with the warm-up of an epoch in steps.
+# batches(step, cfg) are the numbers of the batches that a step takes.
+# loss(model, codes, labels, p) is what it minimises.
 
-def rescaled_embeddings():
-    """Averages of K independent embeddings are sqrt(K) = p times too small: give it back"""
-    average = npp.patchify
-    return {"patchify": lambda x, p: average(x, p) * p}
 
-def averaged_positions():
-    """A patch stands at the mean position of its codes, in units of codes, not of patches
+def npp_schedule(step, cfg, warmup):
+    """Warm-up, plateau and decay in each stage: what npp.py does"""
+    return npp.lr_at(step, cfg.steps, cfg.patches, cfg.lam, cfg.lr * cfg.batch / 256, cfg.lr_min,
+                     warmup, cfg.decay_frac)
 
-    Only differences of positions count in attention, so that the first code's position will do."""
-    table, grid = npp.rope_2d, FACTS["grid"]
 
-    def rope_2d(h, head_dim, device=None):
-        full, p = table(grid, head_dim, device), grid // h                # (1 + grid^2, ..., 2)
-        corners = rearrange(full[1:], "(h p1 w p2) f xy -> (p1 p2) (h w) f xy", h=h, p1=p, p2=p)[0]
-        return torch.cat([full[:1], corners])                             # (1 + h*h, ..., 2)
-    return {"rope_2d": rope_2d}
+def constant_rate(step, cfg, warmup):
+    """LlamaGen's recipe; npp.py --warmup_epochs 0 --decay_frac 0"""
+    return npp_schedule(step, replace(cfg, decay_frac=0.0), warmup=0)
 
-def optimizer_reset():
-    """AdamW forgets its moments where a stage begins"""
-    first, stage, train_step = {}, npp.stage, npp.train_step
 
-    def noted(step, *schedule):
-        first["now"] = step == stage(step, *schedule)[1]
-        return stage(step, *schedule)
+def constant_after_warmup(step, cfg, warmup):
+    """npp.py --decay_frac 0"""
+    return npp_schedule(step, replace(cfg, decay_frac=0.0), warmup)
 
-    def reset(wrapped, optimizer, *rest):
-        if first["now"]:
-            optimizer.state.clear()
-        return train_step(wrapped, optimizer, *rest)
-    return {"stage": noted, "train_step": reset}
 
-def double_rate():
-    """Twice the learning rate while p > 1"""
-    lr_at = npp.lr_at
+def doubled_on_patches(step, cfg, warmup):
+    p, _, _ = npp.stage(step, cfg.steps, cfg.patches, cfg.lam)
+    if p > 1:
+        cfg = replace(cfg, lr=2 * cfg.lr)
+    return npp_schedule(step, cfg, warmup)
 
-    def doubled(step, total, patches, lam, lr, *rest):
-        patched = npp.stage(step, total, patches, lam)[0] > 1
-        return lr_at(step, total, patches, lam, lr * (1 + patched), *rest)
-    return {"lr_at": doubled}
 
-# ---- 2. The grid, most important first ---------------------------------------------------------
+def one_batch(step, cfg):
+    return [step]
+
+
+def k_batches(step, cfg):
+    """K = p * p batches in a patch step, which then costs about as much as a step at p = 1"""
+    used = 0
+    for p, first, end in npp.stages(cfg.steps, cfg.patches, cfg.lam):
+        k = p * p
+        if step < end:
+            number = used + (step - first) * k
+            return list(range(number, number + k))
+        used += (end - first) * k
+
+
+def npp_loss(model, codes, labels, p):
+    return model.loss(codes, labels, p)
+
+
+def loss_of_inputs(model, x, codes, labels, p, rope):
+    """The loss for other inputs x (B, N/K, D) and positions than Transformer.forward's"""
+    x = torch.cat([model.embed_class(labels), x[:, :-1]], dim=1)        # (B, N/K, D)
+    x = model.tok_dropout(x)
+    for layer in model.layers:
+        x = layer(x, rope[:-1])
+    logits = model.output(model.norm(x)).float()                        # (B, N/K, V)
+    return npp.npp_loss(logits, npp.patch_targets(codes, p))
+
+
+def rescale(x, p):
+    """An average of K independent embeddings is sqrt(K) = p times too small: give it back"""
+    return p * npp.patchify(x, p)
+
+
+def rescaled_embeddings(model, codes, labels, p):
+    x = rescale(model.tok_embeddings(codes), p)
+    rope = npp.rope_2d(model.grid // p, model.head_dim, x.device)
+    return loss_of_inputs(model, x, codes, labels, p, rope)
+
+
+def rope_of_averages(grid, head_dim, p, device=None):
+    """A patch stands at the mean position of its codes, in units of codes and not of patches
+
+    Attention sees only differences of positions, so that the first code's position will do.
+    """
+    rope = npp.rope_2d(grid, head_dim, device)                          # (1 + N, head_dim/2, 2)
+    of_codes = rearrange(rope[1:], "(row column) f xy -> row column f xy", row=grid)
+    of_patches = rearrange(of_codes[::p, ::p], "row column f xy -> (row column) f xy")
+    return torch.cat([rope[:1], of_patches])                            # (1 + N/K, head_dim/2, 2)
+
+
+def averaged_positions(model, codes, labels, p):
+    x = npp.patchify(model.tok_embeddings(codes), p)
+    rope = rope_of_averages(model.grid, model.head_dim, p, x.device)
+    return loss_of_inputs(model, x, codes, labels, p, rope)
+
+
+def blocks_from_each_code(codes, p):
+    """The codes of the p x p block that begins at each code: (B, N) -> (B, N, K)
+
+    Blocks that would leave the image repeat its last row or column.
+    """
+    h = math.isqrt(codes.shape[1])
+    images = rearrange(codes, "b (h w) -> b h w", h=h)
+    index = torch.arange(h, device=codes.device)
+    blocks = []
+    for row in range(p):
+        for column in range(p):
+            rows = (index + row).clamp(max=h - 1)
+            columns = (index + column).clamp(max=h - 1)
+            blocks.append(images[:, rows][:, :, columns].flatten(1))    # (B, N)
+    return torch.stack(blocks, dim=-1)
+
+
+def output_only(model, codes, labels, p):
+    """Nothing is averaged: after each code the model predicts a whole block of those to come"""
+    return npp.npp_loss(model(codes, labels), blocks_from_each_code(codes, p))
+
+
+# -------------------------------------------------------------------------------------------------
+# 2. The runs
+
 
 @dataclass
-class Run:
-    what: str                  # as the tables call it
+class Variant:
+    what: str                              # as tables and figures call it
     patches: tuple = (2, 1)
     lam: float = 0.5
-    share: float = 1.0         # of the steps
-    replaced: object = dict    # () -> {name in npp: function}
-    curve: bool = False        # with scores along training
+    share: float = 1.0                     # of the steps of the grid
+    rate: Callable = npp_schedule
+    batches: Callable = one_batch
+    loss: Callable = npp_loss
+    resets_optimizer: bool = False         # AdamW forgets its moments where a stage begins
+    against: tuple = ("2-1",)              # the runs that the report compares it with
 
-def cost(run, size="tiny"):
-    """Multiply-adds an image, averaged over the schedule, as npp.cost counts them"""
-    return npp.cost(size, run.patches, run.lam, FACTS["vocab"], FACTS["grid"])[0]
 
-PLAIN = Run("(1,): next token", (1,), curve=True)
-NPP = Run("(2,1), lam 1/2: the default", curve=True)
-RUNS = {
-    "plain": PLAIN, "2-1": NPP,
-    "equal_cost": Run("(1,) at the cost of (2,1)", (1,), share=cost(NPP) / cost(PLAIN)),
-    "4-1": Run("(4,1)", (4, 1)), "lam_3_4": Run("(2,1), lam 3/4", lam=3 / 4),
-    "4-2-1": Run("(4,2,1)", (4, 2, 1)), "lam_2_3": Run("(2,1), lam 2/3", lam=2 / 3),
-    "lam_4_5": Run("(2,1), lam 4/5", lam=4 / 5), "8-4-2-1": Run("(8,4,2,1)", (8, 4, 2, 1)),
-    "rescaled": Run("(2,1), embeddings x sqrt(K)", replaced=rescaled_embeddings),
-    "averaged_positions": Run("(2,1), averaged positions", replaced=averaged_positions),
-    "optimizer_reset": Run("(2,1), optimizer reset", replaced=optimizer_reset),
-    "double_rate": Run("(2,1), rate x 2 at p = 2", replaced=double_rate),
-    **{f"lam_{lam}": Run(f"(2,1), lam {lam}", lam=lam) for lam in (0.3, 0.2)},
+def spent(variant, steps, until=math.inf):
+    """Forward multiply-adds until a step of a run, counted as in the paper, in steps at p = 1"""
+    cfg = npp.Config(steps=steps, patches=variant.patches, lam=variant.lam)
+    at_1, _ = bench.cost("tiny", (1,), grid=GRID)
+    total = 0.0
+    for p, first, end in npp.stages(steps, variant.patches, variant.lam):
+        at_p, _ = bench.cost("tiny", (p,), grid=GRID)
+        if variant.loss is output_only:
+            at_p = at_1
+        step_cost = len(variant.batches(first, cfg)) * at_p / at_1
+        total += max(0, min(until, end) - first) * step_cost
+    return total
+
+
+def mean_cost(variant):
+    """Multiply-adds of a mean step, in those of a step at p = 1"""
+    return spent(variant, 1_000_000) / 1_000_000
+
+
+NPP = Variant("(2,1), NPP's schedule", against=("plain", "equal_cost", "constant"))
+K_TIMES = Variant("(2,1), K times the images at p = 2", batches=k_batches,
+                  against=("k_times_cost", "plain", "2-1"))
+K_TIMES_SHORT = Variant("(2,1), lam 0.3, K times the images at p = 2", lam=0.3, batches=k_batches,
+                        against=("k_times_0.3_cost", "plain", "2-1"))
+
+VARIANTS = {
+    # LlamaGen's recipe and NPP's, and what lies between
+    "constant": Variant("next token, constant rate: LlamaGen's recipe", (1,), rate=constant_rate,
+                        against=()),
+    "plain": Variant("next token, NPP's schedule", (1,), against=("constant", "constant_warmup")),
+    "constant_2-1": Variant("(2,1), constant rate", rate=constant_rate,
+                            against=("constant", "2-1")),
+    "2-1": NPP,
+    "constant_warmup": Variant("next token, constant rate after warm-up", (1,),
+                               rate=constant_after_warmup, against=("constant",)),
+    "equal_cost": Variant("next token, NPP's schedule, at the cost of (2,1)", (1,),
+                          share=mean_cost(NPP), against=("plain",)),
+    "constant_equal_cost": Variant("next token, constant rate, at the cost of (2,1)", (1,),
+                                   share=mean_cost(NPP), rate=constant_rate,
+                                   against=("constant", "constant_2-1", "2-1")),
+    # More images in a patch step, and next token at the cost that this really has
+    "k_times": K_TIMES,
+    "k_times_cost": Variant("next token, at the cost of K times the images", (1,),
+                            share=mean_cost(K_TIMES), against=()),
+    "k_times_0.3": K_TIMES_SHORT,
+    "k_times_0.3_cost": Variant("next token, at the cost of K times the images, lam 0.3", (1,),
+                                share=mean_cost(K_TIMES_SHORT), against=()),
+    "output_only": Variant("(2,1), patches in the output only", loss=output_only,
+                           against=("plain", "2-1")),
+    # Other schedules of patches, and what the paper leaves open
+    "4-1": Variant("(4,1)", (4, 1)),
+    "lam_3_4": Variant("(2,1), lam 3/4", lam=3 / 4),
+    "4-2-1": Variant("(4,2,1)", (4, 2, 1)),
+    "lam_2_3": Variant("(2,1), lam 2/3", lam=2 / 3),
+    "lam_4_5": Variant("(2,1), lam 4/5", lam=4 / 5),
+    "8-4-2-1": Variant("(8,4,2,1)", (8, 4, 2, 1)),
+    "rescaled": Variant("(2,1), embeddings x sqrt(K)", loss=rescaled_embeddings),
+    "averaged_positions": Variant("(2,1), averaged positions", loss=averaged_positions,
+                                  against=("2-1", "equal_cost", "plain")),
+    "optimizer_reset": Variant("(2,1), optimizer reset", resets_optimizer=True),
+    "double_rate": Variant("(2,1), rate x 2 at p = 2", rate=doubled_on_patches),
+    "lam_0.3": Variant("(2,1), lam 0.3", lam=0.3),
+    "lam_0.2": Variant("(2,1), lam 0.2", lam=0.2),
 }
 PAPER = {  # Table 3: FID of sizes B and L on ImageNet; (4,1)'s by the differences in Sec. 4.5
-    "plain": (5.46, 3.80), "2-1": (4.47, 2.76), "4-1": (4.92, 2.89), "4-2-1": (4.62, 2.79),
+    "constant": (5.46, 3.80), "2-1": (4.47, 2.76), "4-1": (4.92, 2.89), "4-2-1": (4.62, 2.79),
     "8-4-2-1": (4.68, 2.84), "lam_2_3": ("–", 2.79), "lam_3_4": ("–", 2.81), "lam_4_5": ("–", 2.92)}
 
-# ---- 3. One run: train, sample, score ----------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# 3. One run: train, sample, score
 
-@torch.no_grad()
-def score(model, n, guidance, seed):
-    """-> dict of the scores of n samples, of all classes in turn; of FEW, two scores alone"""
-    device, labels = model.output.weight.device, torch.arange(n) % len(FACTS["classes"])
-    tokenizer = load_tokenizer(FACTS["tokenizer"], device, FACTS)
-    net = fid.load_network(os.path.join(DATA, "features.pt"), device)
-    cfg = npp.Config(seed=seed, cfg_scale=guidance, micro_batch=250)
-    images = np.concatenate(list(npp.draw(model, tokenizer, labels, cfg)))
-    reference = os.path.join(DATA, "reference.npz")
-    if n == FEW:               # precision and recall would take longer than the samples
-        x, (moments,) = fid.extract(net, images)
-        (real, *_), right = fid.open_reference(reference, net)[0], net.logits(x).argmax(1).cpu()
-        return {FD: fid.frechet_distance(*moments.statistics(), *real),
-                "class_accuracy": (right == labels).double().mean().item()}
-    return {"guidance": guidance, **fid.evaluate(net, images, labels.numpy(), reference)}
+
+def read_batches(data, numbers, cfg, device):
+    codes = []
+    labels = []
+    for number in numbers:
+        c, y = npp.batch_at(data, number, cfg)
+        codes.append(c)
+        labels.append(y)
+    return torch.cat(codes).to(device), torch.cat(labels).to(device)
+
 
 def clock():
     """Seconds of this process: of its CPU time, and on the wall"""
     return np.array([time.process_time(), time.perf_counter()])
 
-def train(run, seed, steps, size, out):
-    """Train with npp.py itself -> seconds (CPU, wall) without evaluations, or None if resumed"""
-    aside, seen, validate = np.zeros(2), {}, npp.validate
 
-    def validate_aside(model, *rest):
-        began, seen["model"] = clock(), model
-        loss = validate(model, *rest)
-        aside[:] += clock() - began
-        return loss
+def train(variant, cfg, data, path):
+    """Train, or go on from the checkpoint at path -> model, [[step, validation loss]], seconds
 
-    def progress(record, *rest):  # in place of npp.py's: every sixth of the run, with scores
-        began = clock()
-        if "val_loss" in record:
-            print("  step {step:,}  p {p}  val {val_loss:.4f}".format(**record), flush=True)
-        if "val_loss" in record and run.curve:
-            scores = score(seen["model"], FEW, GUIDANCE, seed + 1000)
-            with open(os.path.join(out, "curve.jsonl"), "a") as f:
-                f.write(json.dumps([record["step"], scores[FD], scores["class_accuracy"]]) + "\n")
-        aside[:] += clock() - began
+    The weights are bit for bit those of npp.py where it can do the same, on one CPU.
+    """
+    _, _, device = npp.setup()
+    npp.check_schedule(cfg.steps, cfg.patches, cfg.lam, data.meta["grid"])
+    model, optimizer = npp.build(cfg, data.meta, device)
+    first = 0
+    validation = []
+    seconds = np.zeros(2)                               # without validation, and what is repeated
+    if os.path.exists(path):
+        saved = load_file(path)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first = saved["step"]
+        validation = saved["validation"]
+        seconds = np.array(saved["seconds"])
 
-    every = -(-steps // 6)
-    flags = dict(data=DATA, out=out, model=size, patches=",".join(map(str, run.patches)),
-                 lam=run.lam, steps=steps, seed=seed, eval_every=every, save_every=every)
-    replaced = dict(validate=validate_aside, progress=progress,
-                    load_tokenizer=lambda *rest: None)  # then npp.py draws no pictures
-    fresh, began = not os.path.exists(os.path.join(out, "ckpt.pt")), clock()
-    with patch.multiple(npp, **replaced, **run.replaced()):
-        if code := npp.main([x for k, v in flags.items() for x in (f"--{k}", str(v))]):
-            sys.exit(code)     # npp.py has said why; stopped by a signal, the same command goes on
-    return [round(x, 1) for x in clock() - began - aside] if fresh else None
+    loss_of = variant.loss
+    if cfg.compile == "true":
+        loss_of = torch.compile(loss_of, dynamic=False)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    warmup = cfg.warmup_epochs * len(data.codes) / cfg.batch            # in steps
+    marks = {round(cfg.steps * i / PARTS) for i in range(1, PARTS + 1)}
+    start = clock()
+    for step in range(first, cfg.steps):
+        p, stage_first, _ = npp.stage(step, cfg.steps, cfg.patches, cfg.lam)
+        if variant.resets_optimizer and step == stage_first:
+            optimizer.state.clear()
+        lr = variant.rate(step, cfg, warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        codes, labels = read_batches(data, variant.batches(step, cfg), cfg, device)
+        dropout_seed = np.random.default_rng((cfg.seed, 2, step, 0)).integers(2**62)
+        torch.manual_seed(dropout_seed)
 
-def lines(path):
-    """What a .jsonl holds, or nothing"""
-    if not os.path.exists(path):
-        return []
-    with open(path) as f:
-        return [json.loads(x) for x in f]
+        with autocast:
+            loss = loss_of(model, codes, labels, p)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        optimizer.step()
+        optimizer.zero_grad()
 
-def one(key, args, out):
+        done = step + 1
+        if done in marks:
+            seconds += clock() - start
+            val_loss = npp.validate(model, data, cfg, device)
+            require(math.isfinite(val_loss), f"the validation loss is {val_loss} at step {done}")
+            print(f"  step {done:,}  p {p}  val {val_loss:.4f}", flush=True)
+            validation.append([done, val_loss])
+            save(path, model, optimizer, step=done, validation=validation,
+                 seconds=seconds.tolist())
+            start = clock()
+    return model, validation, seconds
+
+
+def save(path, model, optimizer, **values):
+    def write(f):
+        torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), **values), f)
+
+    replace_file(path, write)
+
+
+@torch.no_grad()
+def draw(model, data, cfg, guidance, seed, n):
+    """n samples, of all classes in turn -> uint8 images (n, H, W, 3), labels (n,)"""
+    device = model.output.weight.device
+    labels = torch.arange(n) % len(data.meta["classes"])
+    tokenizer = load_tokenizer(data.meta["tokenizer"], device, data.meta)
+    cfg = replace(cfg, seed=seed, cfg_scale=guidance, micro_batch=CHUNK)
+    return np.concatenate(list(npp.draw(model, tokenizer, labels, cfg))), labels.numpy()
+
+
+def score(model, data, cfg, samples):
+    """-> FD by guidance scale, and all scores at the best of these scales
+
+    On a CPU in float32: there bfloat16 takes five times as long to draw the same.
+    """
+    device = model.output.weight.device
+    reference = os.path.join(cfg.data, "reference.npz")
+    net = fid.load_network(os.path.join(cfg.data, "features.pt"), device)
+    statistics, _ = fid.open_reference(reference, net)
+    sweep = {}
+    for guidance in SWEEP:
+        images, _ = draw(model, data, cfg, guidance, cfg.seed + 1000, FEW)
+        _, moments = fid.extract(net, images, keep=False)
+        sweep[guidance] = fid.frechet_distance(*moments[0].statistics(), *statistics[0])
+    best = min(sweep, key=sweep.get)
+    images, labels = draw(model, data, cfg, best, cfg.seed, samples)
+    scores = fid.evaluate(net, images, labels, reference)
+    return sweep, dict(scores, guidance=best)
+
+
+def run_one(key, cfg, data, folder, samples):
     """-> the line of one run, a dict that begins with its key"""
-    run, seed, machine = RUNS[key["run"]], key["seed"], Machine(args.dtype)
-    steps, dtype = round(run.share * args.steps), "bfloat16" if machine.bfloat16 else "float32"
-    torch.compiler.reset()     # on a GPU, or too many graphs pile up in one process
-    seconds = train(run, seed, steps, args.size, out)
-    model = npp.load_model(os.path.join(out, "ckpt.pt")).to(machine.device, getattr(torch, dtype))
-    sweep = {g: score(model, FEW, g, seed + 1000)[FD] for g in SWEEP}
-    best, fixed = min(sweep, key=sweep.get), score(model, args.samples, GUIDANCE, seed)
-    log = [x for x in lines(os.path.join(out, "log.jsonl")) if "val_loss" in x]
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return {
-        **key, "patches": run.patches, "lam": run.lam, "steps": steps,
-        "cost": cost(run, args.size) * steps * key["batch"],              # forward multiply-adds
-        "seconds": seconds, "val_loss": log[-1]["val_loss"], "fixed": fixed, "sweep": sweep,
-        "best": fixed if best == GUIDANCE else score(model, args.samples, best, seed),
-        "validation": [[x["step"], x["val_loss"]] for x in log],
-        "curve": sorted({x[0]: x for x in lines(os.path.join(out, "curve.jsonl"))}.values()),
-        "machine": torch.cuda.get_device_name() if machine.gpu else cpu,
-        "torch": torch.__version__, "samples_dtype": dtype}
+    variant = VARIANTS[key["run"]]
+    torch.compiler.reset()  # on a GPU, or too many graphs pile up in one process
+    model, validation, seconds = train(variant, cfg, data, os.path.join(folder, "ckpt.pt"))
+    model.to(getattr(torch, cfg.dtype))
+    start = clock()
+    sweep, best = score(model, data, cfg, samples)
+    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    at_1, _ = bench.cost(cfg.model, (1,), vocab=data.meta["vocab"], grid=data.meta["grid"])
+    return dict(
+        key, patches=cfg.patches, lam=cfg.lam, steps=cfg.steps,
+        cost=spent(variant, cfg.steps) * at_1 * cfg.batch,              # forward multiply-adds
+        seconds=seconds.round(1).tolist(), scoring_seconds=(clock() - start).round(1).tolist(),
+        val_loss=validation[-1][1], fixed=None, sweep=sweep, best=best, validation=validation,
+        curve=[], machine=machine, torch=torch.__version__, samples_dtype=cfg.dtype, chunk=CHUNK)
 
-def run_grid(args):
+
+@lru_cache
+def usual(size):
+    """The Config that npp.py takes for a size"""
+    return npp.parse(["--model", size])
+
+
+def read_lines(path):
+    """What a .jsonl holds, or nothing; old lines lack what they did not vary"""
+    lines = []
+    if os.path.exists(path):
+        with open(path) as f:
+            for text in f:
+                line = json.loads(text)
+                cfg = usual(line["size"])
+                defaults = dict(images=60_000, dropout=cfg.dropout, lr=cfg.lr, version=1)
+                lines.append(defaults | line)
+    return lines
+
+
+def grid_name(line):
+    """Runs with the same name are compared with each other"""
+    name = "{size}_{grid_steps}_{batch}".format(**line)
+    if line["version"] > 1:
+        name += "_{images}_dropout_{dropout:g}".format(**line)
+    return name
+
+
+def run(args):
     """Do what is not done; a lock on each run's folder, which dies with us, keeps others off it"""
-    wanted = args.only.split(",") if args.only else list(RUNS)
-    if (not {*wanted} <= {*RUNS} or args.size not in npp.SIZES or min(args.seeds) < 0
-            or args.steps < 6 or args.samples <= FEW):
-        raise BadInput(f"only {args.only}, size {args.size}, seeds {args.seeds}, steps {args.steps}"
-                       f", samples {args.samples}: expected some of {', '.join(RUNS)}; one of "
-                       f"{', '.join(npp.SIZES)}; 0 or more; 6 or more; over {FEW}")
-    fid.LEADER, batch = False, npp.parse(["--model", args.size]).batch    # no progress lines
-    for seed, name in product(args.seeds, wanted):
-        key = dict(run=name, seed=seed, size=args.size, grid_steps=args.steps, batch=batch)
-        out = os.path.join(ROOT, "out", "evidence", f"{args.size}_{args.steps}", f"{name}_s{seed}")
-        os.makedirs(out, exist_ok=True)
-        with open(os.path.join(out, "lock"), "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            if any(key.items() <= x.items() for x in lines(args.results)):
-                continue
-            print(f"{name}, seed {seed}, from {time.strftime('%H:%M:%S')}", flush=True)
-            line = one(key, args, out)
-            with open(args.results, "ab", buffering=0) as f:              # one write: never mixed
-                f.write(json.dumps(line).encode() + b"\n")
-            print(f"  {FD} {line['fixed'][FD]:.4f}", flush=True)
-    return 0
+    names = list(VARIANTS)
+    if args.only:
+        names = args.only.split(",")
+    for name in names:
+        require(name in VARIANTS, f"only is {args.only}, expected some of {', '.join(VARIANTS)}")
+    bench.check_size(args.size)
+    require(min(args.seeds) >= 0, f"seeds is {args.seeds}, expected 0 or more")
+    require(args.steps >= PARTS, f"steps is {args.steps}, expected {PARTS} or more")
+    require(args.samples >= FEW, f"samples is {args.samples}, expected {FEW} or more")
+    data = npp.Codes(DATA)
+    images = args.images
+    if images == 0:
+        images = len(data.codes)
+    require(0 < images <= len(data.codes), f"images is {images}, expected 1 to {len(data.codes)}")
+    data.codes = data.codes[:images]
+    data.labels = data.labels[:images]
 
-# ---- 4. The report -----------------------------------------------------------------------------
+    for seed in args.seeds:
+        for name in names:
+            variant = VARIANTS[name]
+            flags = ["--model", args.size, "--data", DATA, "--seed", str(seed)]
+            if args.lr:
+                flags += ["--lr", args.lr]
+            if args.dropout:
+                flags += ["--dropout", args.dropout]
+            cfg = npp.parse(flags)
+            cfg.patches = variant.patches
+            cfg.lam = variant.lam
+            cfg.steps = round(variant.share * args.steps)
+            key = dict(run=name, seed=seed, size=args.size, grid_steps=args.steps, batch=cfg.batch,
+                       images=images, dropout=cfg.dropout, lr=cfg.lr, version=VERSION)
+            folder = os.path.join(args.out, grid_name(key), f"{name}_lr_{cfg.lr:g}_s{seed}")
+            os.makedirs(folder, exist_ok=True)
+            with open(os.path.join(folder, "lock"), "w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                if any(key.items() <= line.items() for line in read_lines(args.results)):
+                    continue
+                print(f"{name}, seed {seed}, lr {cfg.lr:g}", flush=True)
+                line = run_one(key, cfg, data, folder, args.samples)
+                with open(args.results, "ab", buffering=0) as f:        # one write: never mixed
+                    f.write(json.dumps(line).encode() + b"\n")
+                print(f"  {FD} {line['best'][FD]:.4f}", flush=True)
 
-SCORES = {  # column of the table: (how to find it in a line, digits)
-    "CPU s": (lambda x: x["seconds"][0] if x["seconds"] else None, 0),
-    "val. loss": (lambda x: x["val_loss"], 4), "FD fixed": (lambda x: x["fixed"][FD], 3),
-    "FD best": (lambda x: x["best"][FD], 3), "KID x 1000": (lambda x: 1e3 * x["fixed"]["KID"], 1),
-    **{k: (lambda x, k=k: x["fixed"][k], 3) for k in ("precision", "recall", "class_accuracy")}}
-COLORS = {"plain": "tab:blue", "2-1": "tab:orange", "equal_cost": "tab:green"}
 
-def values(found, name, column):
-    """-> {seed: value} of one column of one run, without those that have none"""
-    some = sorted((x["seed"], SCORES[column][0](x)) for x in found if x["run"] == name)
-    return {seed: value for seed, value in some if value is not None}
+# -------------------------------------------------------------------------------------------------
+# 4. The report
 
-def spent(name, size, steps, until=math.inf):
-    """Multiply-adds of a run of `steps` until one of them, in those of a step at p = 1"""
-    return sum(max(0, min(until, end) - first) * cost(Run("", (p,)), size) / cost(PLAIN, size)
-               for p, first, end in npp.spans(steps, RUNS[name].patches, RUNS[name].lam))
 
-def share(x):
-    """Multiply-adds of the whole run of a line, those of the plain one = 1"""
-    return spent(x["run"], x["size"], x["steps"]) / x["grid_steps"]
+def scores_of(line):
+    """-> {column: value} of one line; KID and what follows are at the guidance of its first FD"""
+    scores = {"validation loss": line["val_loss"],
+              "lowest on the way": min(loss for _, loss in line["validation"])}
+    main = line["best"]
+    if line["fixed"]:
+        main = line["fixed"]
+        scores["FD at guidance 3"] = main[FD]
+    scores["FD at the best guidance"] = line["best"][FD]
+    scores["KID x 1000"] = 1000 * main["KID"]
+    for name in ("precision", "recall", "class_accuracy"):
+        scores[name.replace("_", " ")] = main[name]
+    return scores
 
-def spread(x, digits):
-    """Values -> their mean, and standard deviation where there are two, in words"""
-    return " ± ".join(f"{f(x):.{digits}f}" for f in (np.mean, partial(np.std, ddof=1))[:len(x)])
+
+def digits_of(column):
+    """Digits after the point"""
+    if "loss" in column or "lowest" in column:
+        return 4
+    return 1 if column == "KID x 1000" else 3
+
+
+def arms_of(lines):
+    """-> {name: lines} in the order of VARIANTS; a name is a run, with its rate if not the usual"""
+    arms = {}
+    for run_name in VARIANTS:
+        of_run = [line for line in lines if line["run"] == run_name]
+        for lr in sorted({line["lr"] for line in of_run}):
+            name = run_name + rate_label(of_run[0]["size"], lr)
+            arms[name] = [line for line in of_run if line["lr"] == lr]
+    return arms
+
+
+def rate_label(size, lr):
+    """Nothing for the usual rate of a size"""
+    if lr == usual(size).lr:
+        return ""
+    return f", lr {lr:g}"
+
+
+def label_of(arm):
+    """The lines of an arm -> what to call it"""
+    return VARIANTS[arm[0]["run"]].what + rate_label(arm[0]["size"], arm[0]["lr"])
+
+
+def values_of(lines, column):
+    """-> {seed: value}"""
+    values = {}
+    for line in lines:
+        if column in scores_of(line):
+            values[line["seed"]] = scores_of(line)[column]
+    return values
+
+
+def mean_and_deviation(values, digits):
+    text = f"{np.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1):.{digits}f}"
+    return text
+
+
+def interval(differences, digits):
+    """Paired differences -> their mean with a 95 % confidence interval by Student's t, in words"""
+    n = len(differences)
+    if n < 2:
+        return "–"
+    mean = np.mean(differences)
+    half = stats.t.ppf(0.975, n - 1) * np.std(differences, ddof=1) / math.sqrt(n)
+    word = "not separated"
+    if mean + half < 0:
+        word = "lower"
+    if mean - half > 0:
+        word = "higher"
+    return f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}] {word}"
+
 
 def versus(a, b, digits):
-    """{seed: value} of two runs -> mean of a - b and a paired t-test over common seeds, in words:
-    the same seed means the same first weights and batches"""
-    seeds = sorted(a.keys() & b.keys())
-    if len(seeds) < 2:
-        return "–"
-    x, y = (np.array([v[s] for s in seeds]) for v in (a, b))
-    p = stats.ttest_rel(x, y).pvalue
-    word = ("lower" if x.mean() < y.mean() else "higher") if p < 0.05 else "not separated"
-    chance = f"p = {p:.3f}" if p >= 0.001 else "p < 0.001"
-    return f"{(x - y).mean():+.{digits}f}, {chance}, {word}"
+    """{seed: value} of two arms -> a - b over common seeds, which share weights and batches"""
+    return interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())], digits)
+
 
 def table(head, rows):
-    return "\n".join("| " + " | ".join(map(str, row)) + " |"
-                     for row in (head, ["---"] * len(head), *rows)) + "\n"
+    lines = []
+    for row in [head, ["---"] * len(head)] + rows:
+        cells = " | ".join(str(cell) for cell in row)
+        lines.append(f"| {cells} |\n")
+    return "".join(lines)
 
-def describe(found, size, steps, batch):
-    """-> the report on one grid, markdown"""
-    by_name = {name: some for name in RUNS if (some := [x for x in found if x["run"] == name])}
-    runs = [[RUNS[name].what, len(some), f"{share(some[0]):.3f}",
-             *(spread([*values(found, name, c).values()], SCORES[c][1]) for c in SCORES),
-             *PAPER.get(name, "––")] for name, some in by_name.items()]
-    pairs = [("2-1", "plain"), ("2-1", "equal_cost"), ("equal_cost", "plain")]
-    pairs += [(name, "2-1") for name in by_name if name not in ("2-1", "plain", "equal_cost")]
-    pairs += [("averaged_positions", name) for name in ("equal_cost", "plain")]
-    columns = "val. loss", "FD fixed", "FD best"
-    differences = [[f"{RUNS[a].what} – {RUNS[b].what}", *(
-        versus(values(found, a, c), values(found, b, c), SCORES[c][1]) for c in columns)]
-        for a, b in pairs if {a, b} <= by_name.keys()]
-    ends = [[loss for _, loss in x["validation"][-4:]] for x in by_name.get("plain", [])]
-    falls = ", ".join(f"{x:+.3f}" for x in np.diff(ends).mean(0)) if ends else "unknown"
-    one, fixed = found[0], found[0]["fixed"]
-    return f"""## Size {size}, {steps:,} steps of {batch} images: {len(found)} runs
 
-{one["machine"]}, torch {one["torch"]}; {fixed["n"]:,} samples a score, in {one["samples_dtype"]}.
-Fixed: guidance {fixed["guidance"]:g}. Best: of {", ".join(one["sweep"])}, chosen by {FEW} samples
-of other noise. As many real images as samples get FD {fixed["real_against_real"]:.4f}.
+def table_of_arms(arms, columns):
+    rows = []
+    for lines in arms.values():
+        run_name = lines[0]["run"]
+        cost = spent(VARIANTS[run_name], lines[0]["steps"]) / lines[0]["grid_steps"]
+        seconds = [line["seconds"][0] for line in lines if line["seconds"]]
+        row = [label_of(lines), len(lines), f"{cost:.3f}"]
+        row.append(mean_and_deviation(seconds, 0) if seconds else "–")
+        for column in columns:
+            values = list(values_of(lines, column).values())
+            row.append(mean_and_deviation(values, digits_of(column)))
+        row.append(", ".join(f"{line['best']['guidance']:g}" for line in lines))
+        row.extend(PAPER.get(run_name, ("–", "–")))
+        rows.append(row)
+    head = ["run", "seeds", "cost", "CPU seconds"] + columns
+    return table(head + ["best guidances", "paper: FID of B", "of L"], rows)
 
-{table(["run", "seeds", "cost", *SCORES, "paper: FID, B", "L"], runs)}
-Differences over common seeds, by a paired t-test (no correction for their number):
 
-{table(["difference", *columns], differences)}
-How far from flat (1,) is: change of its validation loss in each of the last three sixths, in nats a
-code: {falls} (the learning rate decays in the last fifth).
+def table_of_differences(arms, columns):
+    """-> markdown, number of differences"""
+    rows = []
+    for name, lines in arms.items():
+        run_name = lines[0]["run"]
+        others = VARIANTS[run_name].against
+        if name != run_name:
+            others = (run_name,)                            # the same run at the usual rate
+        for other in others:
+            if other in arms:
+                row = [f"{label_of(lines)} **minus** {label_of(arms[other])}"]
+                for column in columns:
+                    a = values_of(lines, column)
+                    b = values_of(arms[other], column)
+                    row.append(versus(a, b, digits_of(column)))
+                rows.append(row)
+    return table(["difference"] + columns, rows), len(rows) * len(columns)
 
-![scores against cost](evidence_{size}_{steps}_{batch}.png)
 
-"""
+def decomposition(arms, columns):
+    """The paper's comparison, taken apart by the 2 x 2 of learning-rate schedules and patches"""
+    corners = ("constant", "plain", "constant_2-1", "2-1")
+    if not all(name in arms for name in corners):
+        return ""
+    effects = {"schedule: NPP's for the constant rate, next token": {},
+               "patches: (2,1) for next token, constant rate": {},
+               "interaction: both together, beyond the sum of the two": {},
+               "total: (2,1) with NPP's schedule minus LlamaGen's recipe": {}}
+    for column in columns:
+        values = [values_of(arms[name], column) for name in corners]
+        seeds = sorted(set.intersection(*[set(of_arm) for of_arm in values]))
+        constant, plain, patches, both = np.array([[of_arm[s] for s in seeds] for of_arm in values])
+        parts = (plain - constant, patches - constant, both - plain - patches + constant,
+                 both - constant)
+        for effect, part in zip(effects.values(), parts):
+            effect[column] = interval(part, digits_of(column))
+    rows = [[name] + list(effect.values()) for name, effect in effects.items()]
+    return ("The paper's comparison, taken apart over common seeds (schedule + patches + "
+            f"interaction = total):\n\n{table(['effect'] + columns, rows)}\n")
 
-def figure(found, size, path):
-    """Scores along training, and of all runs at the end, against cost"""
-    from matplotlib.figure import Figure  # of the extra `notebooks`, which runs do without
-    fig = Figure((10, 7), layout="constrained")
-    axes = fig.subplots(2, 2).flatten()
-    for axis, key, i, scale, label in (
-        (axes[0], "validation", 1, "linear", "validation loss at p = 1, nats a code"),
-        (axes[1], "curve", 1, "log", f"{FD}, {FEW} samples"),
-        (axes[2], "curve", 2, "linear", f"class accuracy, {FEW} samples"),
-    ):
-        for x in (x for x in found if x["run"] in COLORS):
-            axis.plot([spent(x["run"], size, x["steps"], y[0]) for y in x[key]],
-                      [y[i] for y in x[key]], ".-", color=COLORS[x["run"]])
-        axis.set(xlabel="cost so far, in steps at p = 1", ylabel=label, yscale=scale)
-    names = [name for name in RUNS if name in {x["run"] for x in found}]
-    for row, name in enumerate(names):
-        y = [*values(found, name, "FD fixed").values()]
-        axes[3].errorbar(np.mean(y), row, xerr=np.std(y, ddof=len(y) > 1), fmt="o", capsize=3,
-                         color=COLORS.get(name, "gray"))
-        axes[3].annotate(RUNS[name].what, (np.mean(y), row), (0, 4), textcoords="offset points",
-                         ha="center", size=8)
-    axes[3].set(xlabel=f"{FD} at the end, mean ± sd", yticks=[], ylim=(len(names) - 0.5, -0.9))
-    axes[3].margins(x=0.15)
-    axes[3].grid(axis="x", alpha=0.4)
-    write_atomically(path, lambda f: fig.savefig(f, format="png", dpi=110))
+
+def describe(name, lines):
+    """-> the report on one grid, in markdown"""
+    arms = arms_of(lines)
+    columns = list(scores_of(lines[0]))
+    compared = ["validation loss", "FD at the best guidance", "class accuracy"]
+    if lines[0]["images"] < 60_000:  # where runs may overfit, and end above their lowest
+        compared.insert(1, "lowest on the way")
+    else:
+        columns.remove("lowest on the way")
+    differences, count = table_of_differences(arms, compared)
+    line = lines[0]
+    best = line["best"]
+    text = (f"## Size {line['size']}, {line['grid_steps']:,} steps of {line['batch']} images, "
+            f"{line['images']:,} images, dropout {line['dropout']:g}\n\n"
+            f"{len(lines)} runs on {line['machine']}, torch {line['torch']}. {best['n']:,} samples "
+            f"a score, in {line['samples_dtype']}; the best guidance of "
+            f"{', '.join(line['sweep'])} is chosen by {FEW} samples of other noise. As many real "
+            f"images as samples get an FD of {best['real_against_real']:.4f}.\n\n"
+            f"![validation loss and FD against cost](evidence_{name}.png)\n\n"
+            f"{table_of_arms(arms, columns)}\n{decomposition(arms, compared)}")
+    if line["fixed"]:
+        text += "KID, precision, recall and class accuracy are those at guidance 3.\n\n"
+    if count > 0:
+        text += ("Differences over common seeds, with 95 % confidence intervals. They are "
+                 f"{count}; one in twenty would be separated by chance alone, and none is "
+                 f"corrected for that:\n\n{differences}\n")
+    return text
+
+
+def mean_validation(lines):
+    """-> steps at which all runs of an arm were validated, mean loss at each"""
+    curves = [dict(line["validation"]) for line in lines]
+    steps = sorted(set.intersection(*[set(curve) for curve in curves]))
+    losses = [np.mean([curve[step] for curve in curves]) for step in steps]
+    return steps, losses
+
+
+def figure(arms, path):
+    """Validation loss along training and FD at the end, against cost"""
+    import matplotlib  # of the extra `notebooks`, which runs do without
+    from matplotlib.figure import Figure
+
+    fig = Figure((13, 7), layout="constrained")
+    left, right = fig.subplots(1, 2)
+    colors = matplotlib.colormaps["tab20"].colors
+    lowest = math.inf
+    most = max(lines[0]["grid_steps"] for lines in arms.values())
+    for i, lines in enumerate(arms.values()):
+        variant = VARIANTS[lines[0]["run"]]
+        steps, losses = mean_validation(lines)
+        costs = [spent(variant, lines[0]["steps"], step) for step in steps]
+        style = dict(color=colors[i % len(colors)], label=f"{label_of(lines)} ({len(lines)})")
+        left.plot(costs, losses, ".-", **style)
+        lowest = min(lowest, min(losses))
+
+        distances = list(values_of(lines, "FD at the best guidance").values())
+        deviation = np.std(distances, ddof=1) if len(distances) > 1 else 0
+        place = costs[-1] + (i - len(arms) / 2) * most / 200  # runs of one cost, side by side
+        right.errorbar(place, np.mean(distances), deviation, fmt="o", capsize=3, **style)
+    left.set(title="Validation loss at p = 1, mean over seeds",
+             ylabel="nats a code (patch stages begin far above)", ylim=(lowest - 0.1, lowest + 1.3))
+    right.set(title="Distance of samples at the end, mean ± standard deviation",
+              ylabel=f"{FD} at the best guidance, lower is better")
+    for axis in (left, right):
+        axis.set_xlabel("cost: forward multiply-adds, in training steps at p = 1")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, title="run (seeds)", title_fontsize=7)
+
+    def write(f):
+        fig.savefig(f, format="png", dpi=110)
+
+    replace_file(path, write)
+
 
 def report(args):
     """Write evidence.md, and a figure for each grid, beside the lines"""
-    found, folder = lines(args.results), os.path.dirname(os.path.abspath(args.results))
-    if not found:
-        raise BadInput(f"{args.results}: missing or empty, expected the lines of `run`")
-    text = f"""# Does Next Patch Prediction hold on the embedded data?
+    lines = read_lines(args.results)
+    require(lines, f"{args.results}: missing or empty, expected the lines of `run`")
+    folder = os.path.dirname(os.path.abspath(args.results))
+    grids = {}
+    for line in lines:
+        grids.setdefault(grid_name(line), []).append(line)
+    text = ("# Does Next Patch Prediction hold on the embedded data?\n\n"
+            "Made by `python notebooks/evidence.py report` from evidence.jsonl; mean ± standard "
+            "deviation over seeds. Cost: forward multiply-adds as the paper counts them, those of "
+            f"next-token prediction for all steps = 1. CPU seconds: training alone. FD is {FD}, "
+            "not FID; the paper has FIDs on ImageNet: compare orders, not numbers.\n\n")
+    for name in sorted(grids):
+        figure(arms_of(grids[name]), os.path.join(folder, f"evidence_{name}.png"))
+        text += describe(name, grids[name])
 
-Made by `python notebooks/evidence.py report` from evidence.jsonl; mean ± standard deviation over
-seeds. cost: multiply-adds, those of (1,) = 1. CPU s: training alone, runs never interrupted. FD is
-{FD}, not FID; the paper has FIDs on ImageNet: compare orders, not numbers.
+    def write(f):
+        f.write(text.encode())
 
-"""
-    for key in sorted({(x["size"], x["grid_steps"], x["batch"]) for x in found}):
-        some = [x for x in found if (x["size"], x["grid_steps"], x["batch"]) == key]
-        figure(some, key[0], os.path.join(folder, "evidence_{}_{}_{}.png".format(*key)))
-        text += describe(some, *key)
-    write_atomically(os.path.join(folder, "evidence.md"), lambda f: f.write(text.encode()))
+    replace_file(os.path.join(folder, "evidence.md"), write)
     print(text)
+
+
+# -------------------------------------------------------------------------------------------------
+# 5. Command line
+
+
+def parse(argv):
+    parser = bench.Parser("evidence.py", description=__doc__)
+    parser.add_argument("command", choices=("run", "report"))
+    parser.add_argument("--only", default="", help=f"runs, with commas: {', '.join(VARIANTS)}")
+    parser.add_argument("--seeds", type=npp.integers, default=(0, 1, 2), help="with commas")
+    parser.add_argument("--size", default="tiny", help="of the model")
+    parser.add_argument("--steps", type=int, default=1200, help="of a run that has all of them")
+    parser.add_argument("--lr", default="", help="as npp.py's, whose own is the default")
+    parser.add_argument("--dropout", default="", help="as npp.py's, whose own is the default")
+    parser.add_argument("--images", type=int, default=0, help="to train on, the first so many")
+    parser.add_argument("--samples", type=int, default=5000, help="to score")
+    parser.add_argument("--results", default=os.path.join(HERE, "evidence.jsonl"),
+                        help="file of lines")
+    parser.add_argument("--out", default=os.path.join(ROOT, "out", "evidence"),
+                        help="folder of checkpoints")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """-> exit code: 0, 2 after bad input, 130 after Ctrl-C"""
+    try:
+        args = parse(argv)
+        if args.command == "run":
+            run(args)
+        else:
+            report(args)
+    except BadInput as error:
+        print("evidence.py:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("evidence.py: stopped; the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
-@one_line_errors
-def main(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument("command", choices=("run", "report"))
-    for name, default, text in (
-        ("only", "", f"runs, with commas ({', '.join(RUNS)})"), ("seeds", (0, 1, 2), "seeds"),
-        ("size", "tiny", "size of the model"), ("steps", 1200, "steps of a run with share 1"),
-        ("samples", 10000, "samples to score"), ("dtype", "auto", "of samples, as npp.py's"),
-        ("results", os.path.join(HERE, "evidence.jsonl"), "file of lines"),
-    ):
-        parser.add_flag(name, default, text)
-    args = parser.parse_args(argv)
-    return (run_grid if args.command == "run" else report)(args)
 
 if __name__ == "__main__":
     sys.exit(main())
