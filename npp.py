@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 
 from tokenizer import (BadInput, load_file, load_tokenizer, open_codes, read_meta, replace_file,
-                       save_images, to_uint8)
+                       require, save_images, to_uint8)
 
 # -------------------------------------------------------------------------------------------------
 # Configuration: every field is a flag, and --help prints this class
@@ -419,12 +419,6 @@ def noise_of(seed, images, length):
 # -------------------------------------------------------------------------------------------------
 # 5. Data: batches that are a pure function of (seed, step)
 # (a seed's second number: 0 order, 1 views and labels, 2 dropout, 3 noise, 4 random classes)
-
-
-def require(condition, message):
-    """Refuse what the user gave: main() prints the message as one line and returns 2"""
-    if not condition:
-        raise BadInput(message)
 
 
 class Codes:

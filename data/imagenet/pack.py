@@ -56,16 +56,15 @@ def pack(source, out, tokenizer_path):
 
     def codes():
         for parts in zip(*stacks):
-            yield np.concatenate(parts, axis=2)[:, 0]
+            yield np.concatenate(parts, axis=2)[:, 0].astype(np.min_scalar_type(vocab - 1))
 
     meta = {"vocab": vocab, "grid": grid, "image_size": size,
             "classes": [str(i) for i in range(labels.max() + 1)],
             "tokenizer": "tokenizer.pt" if digest else None, "tokenizer_sha256": digest,
             "made_by": "data/imagenet/pack.py"}
-    shape = (len(labels), len(sources) * views, grid**2)
-    tokenizer.publish(out, "train", meta, codes(), shape, labels, tokenizer_path)
-    print(f"{out}: {len(labels):,} images of {len(meta['classes'])} classes, {shape[1]} views of "
-          f"{grid} x {grid} codes")
+    tokenizer.publish(out, "train", meta, codes(), labels, tokenizer_path)
+    print(f"{out}: {len(labels):,} images of {len(meta['classes'])} classes, "
+          f"{len(sources) * views} views of {grid} x {grid} codes")
 
 
 def codes_folder(source):
@@ -145,7 +144,7 @@ def main(argv=None):
         pack(args.codes, args.out, args.tokenizer)
         return 0
     except BadInput as error:
-        print(f"pack.py: {error}", file=sys.stderr)
+        tokenizer.complain(error, "pack.py")
         return 2
 
 
