@@ -696,6 +696,20 @@ def test_bad_data_is_named(data, tmp_path, capsys, name, damage, words):
     refuses(capsys, flags(data=data, out=tmp_path / "run", **SHORT), name, *words)
 
 
+def test_an_error_of_the_second_rank_is_named_and_both_end(data, tmp_path):
+    path = os.path.join(data, "codes.npy")
+    codes = np.load(path)
+    codes[npp.epoch_order(96, 0, 0)[4:8]] = 255             # the second rank's share of step 0
+    np.save(path, codes)
+    command = [sys.executable, os.path.join(HERE, "npp.py"),
+               *flags(data=data, out=tmp_path / "run", **SHORT)]
+    ranks = two_ranks(command, stderr=subprocess.PIPE, text=True)
+    errors = [rank.communicate(timeout=90)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], errors
+    assert "code 255, expected 0 to 15" in errors[1] and errors[1].count("npp.py:") == 1
+    assert "npp.py: another rank has ended" in errors[0]
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch hacked",)

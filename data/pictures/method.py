@@ -1,0 +1,208 @@
+"""Draw method.png, the picture of the method in README.md (needs matplotlib)
+
+    python data/pictures/method.py                  # or another file: method.svg for slides
+
+The image, its codes and its class are those of a training image of data/fashion. A colour stands
+for an embedding: it shows the first three principal components of the code's vector in the
+tokenizer's codebook, and a patch has the mean colour of its codes. Patch 2 has an orange frame
+wherever it appears. (The transformer learns embeddings of its own.)
+"""
+
+import os
+import sys
+
+import matplotlib
+import numpy as np
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+sys.path.insert(0, ROOT)
+
+import npp  # noqa: E402
+from tokenizer import load_tokenizer, to_uint8  # noqa: E402
+
+PICTURE = os.path.join(HERE, "method.png")
+IMAGE = 1737                       # a T-shirt of the training split
+INK, GRAY, BLUE, PAPER, ORANGE = "#1b1f24", "#5b6570", "#2f6db3", "#eef3f9", "#c8540a"
+CLASS_COLOUR = "#f6d7b8"
+
+
+# -------------------------------------------------------------------------------------------------
+# What is drawn
+
+
+def load():
+    """-> codes (8, 8), image (32, 32, 3) uint8, colour of every code (256, 3), name of the class"""
+    data = npp.Codes(os.path.join(ROOT, "data", "fashion"))
+    tokenizer = load_tokenizer(data.meta["tokenizer"], "cpu", data.meta)
+    codes = data.codes[IMAGE, 0].reshape(8, 8).astype(int)
+    with torch.no_grad():
+        image = to_uint8(tokenizer.decode(torch.from_numpy(codes)[None]))[0]
+        codebook = tokenizer.codebook()
+    centred = codebook - codebook.mean(0)
+    components = centred @ torch.linalg.svd(centred).Vh[:3].T           # (256, 3)
+    rank = components.argsort(0).argsort(0).numpy() / 255               # spread evenly over 0 .. 1
+    return codes, np.asarray(image), 0.5 + 0.5 * rank, data.meta["classes"][data.labels[IMAGE]]
+
+
+# -------------------------------------------------------------------------------------------------
+# Pieces. Coordinates run from the upper left corner; 1200 of them are the width.
+
+
+def text(ax, x, y, words, size=12, colour=INK, align="center", **more):
+    ax.text(x, y, words, fontsize=size, color=colour, ha=align, va="center", **more)
+
+
+def tile(ax, x, y, size, colour, words="", font=9.5, edge="white", width=1.0):
+    ax.add_patch(Rectangle((x, y), size, size, facecolor=colour, edgecolor=edge, linewidth=width))
+    text(ax, x + size / 2, y + size / 2, words, font)
+
+
+def frame(ax, x, y, width, height, colour=INK, line=1.6):
+    ax.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line,
+                           joinstyle="round"))
+
+
+def arrow(ax, start, end, colour=GRAY, line=1.4, curve=0.0):
+    style = f"arc3,rad={curve}"
+    ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color=colour,
+                                 linewidth=line, connectionstyle=style, shrinkA=0, shrinkB=0))
+
+
+def box(ax, x, y, width, height, words, small):
+    ax.add_patch(FancyBboxPatch((x, y), width, height, facecolor=BLUE, edgecolor=BLUE,
+                                boxstyle="round,pad=0,rounding_size=9"))
+    text(ax, x + width / 2 - 20, y + height / 2, words, 15, "white", "right", weight="bold")
+    text(ax, x + width / 2 - 4, y + height / 2, f"({small})", 12, "white", "left")
+
+
+def label(ax, x, y, bold, words):
+    text(ax, x, y, bold, 12, align="left", weight="bold")
+    text(ax, x + 82, y, words, 12, align="left")
+
+
+def block(ax, x, y, cell, codes, colours, font=9.5, line=1.6):
+    """A square of codes with a frame around it"""
+    edge = len(codes)
+    for row in range(edge):
+        for column in range(edge):
+            code = codes[row, column]
+            tile(ax, x + column * cell, y + row * cell, cell, colours[code], code, font)
+    frame(ax, x, y, edge * cell, edge * cell, line=line)
+
+
+# -------------------------------------------------------------------------------------------------
+# The three parts of the picture
+
+
+def draw_tokenizer(ax, codes, image, colours, name):
+    text(ax, 150, 30, f"An image ({name})", 13.5, weight="bold")
+    ax.imshow(image, extent=(60, 240, 228, 48), interpolation="nearest", zorder=2)
+    frame(ax, 60, 48, 180, 180, line=1.0)
+    arrow(ax, (150, 236), (150, 288), line=2)
+    text(ax, 162, 261, "tokenizer", 12.5, GRAY, "left")
+    text(ax, 150, 307, "Its codes: 8 × 8 integers", 13.5, weight="bold")
+    x, y, cell = 18, 326, 33
+    block(ax, x, y, cell, codes, colours, font=9.8)
+    for i in range(4):
+        for j in range(4):
+            frame(ax, x + 2 * cell * j, y + 2 * cell * i, 2 * cell, 2 * cell)
+    frame(ax, x + 2 * cell, y, 2 * cell, 2 * cell, ORANGE, 2.6)         # patch 2, to be followed
+    text(ax, 150, 610, "A colour stands for the", 11.5, GRAY)
+    text(ax, 150, 629, "embedding of a code, a vector.", 11.5, GRAY)
+
+
+def draw_stage(ax, top, p, codes, colours, name, slots, pitch, title, note):
+    """One training stage: the grid of patches, the input sequence, the transformer, the targets"""
+    grid = 8 // p
+    n = grid * grid
+    patches = codes.reshape(grid, p, grid, p).transpose(0, 2, 1, 3).reshape(n, p, p)
+    mean = colours[patches].mean(axis=(1, 2))                           # (n, 3)
+
+    ax.add_patch(FancyBboxPatch((342, top), 848, 306, facecolor=PAPER, edgecolor="none",
+                                boxstyle="round,pad=0,rounding_size=12", zorder=-1))
+    text(ax, 358, top + 22, title, 14.5, align="left", weight="bold")
+    text(ax, 1176, top + 22, note, 12.5, ORANGE, "right", weight="bold")
+
+    # the grid of patches
+    cell = 132 / grid
+    x, y = 364, top + 124
+    first, second = "each code: its", "own embedding"
+    if p > 1:
+        first, second = "each patch: mean", "of 4 embeddings"
+    text(ax, x + 66, y - 33, first, 12)
+    text(ax, x + 66, y - 14, second, 12)
+    for i in range(n):
+        number = i + 1 if p > 1 else ""
+        tile(ax, x + i % grid * cell, y + i // grid * cell, cell, mean[i], number, 11.5)
+    frame(ax, x, y, 132, 132, line=1.0)
+    if p > 1:
+        frame(ax, x + cell, y, cell, cell, ORANGE, 2.6)                 # patch 2, to be followed
+    arrow(ax, (x + 139, y + 117), (x + 172, y + 117), line=2)
+
+    # the sequence: first positions, dots, the last position
+    left, right = 546, 1176
+    positions = list(range(slots)) + [n - 1]
+    centres = [left + pitch * (i + 0.5) for i in range(slots)] + [right - pitch / 2]
+    y_target, y_box, y_input = top + 99, top + 151, top + 241           # middles; top of the box
+    for i, x in zip(positions, centres):
+        if i == 0:
+            half = 19
+            ax.add_patch(Rectangle((x - 29, y_input - half), 58, 2 * half, facecolor=CLASS_COLOUR,
+                                   edgecolor=INK, linewidth=1.2))
+            text(ax, x, y_input, name, 11)
+        elif p > 1:
+            half = 25
+            tile(ax, x - half, y_input - half, 2 * half, mean[i - 1], i, 14, INK, 1.6)
+        else:
+            half = 19
+            block(ax, x - half, y_input - half, 2 * half, patches[i - 1], colours, 11)
+        arrow(ax, (x, y_input - half), (x, y_box + 46))
+        cell = 28 if p > 1 else 36
+        corner = cell * p / 2
+        arrow(ax, (x, y_box), (x, y_target + corner + 2))
+        block(ax, x - corner, y_target - corner, cell, patches[i], colours, 10 if p > 1 else 11)
+        if p > 1 and i == 1:
+            frame(ax, x - corner, y_target - corner, 2 * corner, 2 * corner, ORANGE, 2.6)
+        if p > 1 and i == 2:
+            frame(ax, x - half, y_input - half, 2 * half, 2 * half, ORANGE, 2.6)
+    dots = (centres[-2] + centres[-1]) / 2
+    for y in (y_target, y_input):
+        text(ax, dots, y, "· · ·", 17)
+    box(ax, left, y_box, right - left, 44, "transformer", "position i sees positions 1 to i")
+
+    label(ax, left, top + 53, "Targets:", "all 4 codes of the next patch, from one output (Eq. 3)"
+          if p > 1 else "the next code")
+    label(ax, left, top + 284, "Inputs:", "the class, then the means of patches 1 to 15 (Eq. 2)"
+          if p > 1 else "the class, then codes 1 to 63")
+
+
+def main(path=PICTURE):
+    codes, image, colours, name = load()
+    plt.rcParams["font.family"] = "DejaVu Sans"
+    width, height = 1200, 664
+    figure = plt.figure(figsize=(width / 100, height / 100), facecolor="white")
+    ax = figure.add_axes((0, 0, 1, 1))
+
+    draw_tokenizer(ax, codes, image, colours, name)
+    arrow(ax, (289, 420), (338, 262), line=2)
+    arrow(ax, (289, 500), (338, 500), line=2)
+    draw_stage(ax, 12, 2, codes, colours, name, 6, 84,
+               "Training starts on patches, p = 2", "16 positions: about ¼ of the work")
+    draw_stage(ax, 346, 1, codes, colours, name, 8, 66,
+               "Training ends on single codes, p = 1", "64 positions, the same weights")
+
+    ax.set_xlim(0, width)
+    ax.set_ylim(height, 0)
+    ax.set_aspect("equal")
+    ax.axis("off")
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
