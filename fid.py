@@ -7,18 +7,18 @@
 SAMPLES is an .npz whose `arr_0` is uint8 (n, H, W, 3), or a folder of images of one size.
 REFERENCE is the same, or statistics (mu, sigma, mu_s, sigma_s), or both in one .npz. ADM's files
 hold both: mu and sigma of all real images, and some of these images in arr_0.
-WEIGHTS, if left out, is the features.pt beside REFERENCE, else Inception's file in this folder.
+WEIGHTS, if left out: the features.pt beside REFERENCE, else Inception's file in this folder.
 
 The protocol (openai/guided-diffusion, evaluations/evaluator.py):
     input  uint8 -> float32 -> 299 x 299, bilinear as in TensorFlow 1 -> (x - 128) / 128
     FID    Frechet distance of the 2048 pooled features; covariances divide by n - 1
     sFID   the same of the first 7 channels of mixed_6/conv (after ReLU) at 17 x 17 places
     IS     softmax of features @ W, without the bias; mean over splits of 5000, in file order
-    P, R   precision and recall: k = 3, arr_0 of REFERENCE against all samples, in float32. ADM's
-           distances are float16, which moves P by about 0.001 and R by about 0.002.
+    P, R   precision and recall, k = 3, arr_0 of REFERENCE against all samples, in float32: ADM's
+           float16 distances move P by about 0.001 and R by about 0.002
     KID    not in ADM: Binkowski et al. 2018, the unbiased form, over all pairs
 All but KID depend on n, the number of samples. `real_against_real` is the distance that n real
-images of arr_0 get, averaged over ten draws: samples cannot be expected to get a smaller one.
+images of arr_0 get, over ten draws: samples cannot be expected to get a smaller one.
 Only Inception's 2048 features make a FID; those of another network make a FD(its name).
 
 Not checked, for want of the published weights and TensorFlow: that real images give ADM's numbers.
@@ -37,6 +37,7 @@ import sys
 import time
 import warnings
 import zipfile
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from numpy.lib.npyio import NpzFile
 from PIL import Image
 from scipy.linalg import lapack
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -57,9 +59,30 @@ class BadInput(Exception):
     """Something the user gave cannot be used: one line on stderr, exit code 2"""
 
 
+def refuse(reason):
+    raise BadInput(reason)
+
+
+def require(condition, reason):
+    if not condition:
+        refuse(reason)
+
+
+@contextmanager
+def reading(path, expected):
+    """Name the file in whatever goes wrong inside, for each kind of damage raises another error"""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).partition(". ")[0]  # torch goes on to advise loading the file as code
+        raise BadInput(f"{path}: expected {expected}, but {reason}") from None
+
+
 # ---- 1. Inception V3 of 2015-12-05, with the names of torchvision's Inception3 -------------------
 
-class BasicConv2d(nn.Module):
+class Conv(nn.Module):
+    """What torchvision calls BasicConv2d"""
+
     def __init__(self, c_in, c_out, kernel, stride=1, padding="same"):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
@@ -69,107 +92,75 @@ class BasicConv2d(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-def mean_pool(x):
-    # The graph of 2015-12-05 does not count the zeros around the image, as torchvision does.
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+MAX_POOL = nn.MaxPool2d(3, stride=1, padding=1)
+HALVE = nn.MaxPool2d(3, stride=2)
+# The graph of 2015-12-05 does not count the zeros around the image, as torchvision does.
+MEAN_POOL = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 
 
-def max_pool(x):
-    return F.max_pool2d(x, 3, stride=1, padding=1)
+class Branches(nn.Module):
+    """Branches side by side, each a dict of the layers that follow one another in it. A branch may
+    fork at its end, that is, hold Branches, whose layers then get names as layers of this block."""
 
-
-class InceptionA(nn.Module):
-    def __init__(self, c, c_pool):
+    def __init__(self, *branches):
         super().__init__()
-        self.branch1x1 = BasicConv2d(c, 64, 1)
-        self.branch5x5_1 = BasicConv2d(c, 48, 1)
-        self.branch5x5_2 = BasicConv2d(48, 64, 5)
-        self.branch3x3dbl_1 = BasicConv2d(c, 64, 1)
-        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3)
-        self.branch3x3dbl_3 = BasicConv2d(96, 96, 3)
-        self.branch_pool = BasicConv2d(c, c_pool, 1)
+        # A module in a list is not registered; the loop below does it, by the published names.
+        self.rows = [nn.Sequential(*branch.values()) for branch in branches]
+        for branch in branches:
+            for name, layer in branch.items():
+                if name == "fork":
+                    for fork_name, fork_layer in layer.named_children():
+                        self.add_module(fork_name, fork_layer)
+                else:
+                    self.add_module("branch" + name, layer)
 
     def forward(self, x):
-        one = self.branch1x1(x)
-        five = self.branch5x5_2(self.branch5x5_1(x))
-        three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([one, five, three, self.branch_pool(mean_pool(x))], 1)
+        return torch.cat([row(x) for row in self.rows], 1)
 
 
-class InceptionB(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.branch3x3 = BasicConv2d(c, 384, 3, stride=2, padding=0)
-        self.branch3x3dbl_1 = BasicConv2d(c, 64, 1)
-        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3)
-        self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, stride=2, padding=0)
-
-    def forward(self, x):
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], 1)
+def inception_a(c, c_pool):
+    return Branches(
+        {"1x1": Conv(c, 64, 1)},
+        {"5x5_1": Conv(c, 48, 1), "5x5_2": Conv(48, 64, 5)},
+        {"3x3dbl_1": Conv(c, 64, 1), "3x3dbl_2": Conv(64, 96, 3), "3x3dbl_3": Conv(96, 96, 3)},
+        {"mean": MEAN_POOL, "_pool": Conv(c, c_pool, 1)})
 
 
-class InceptionC(nn.Module):
-    def __init__(self, c, c7):
-        super().__init__()
-        self.branch1x1 = BasicConv2d(c, 192, 1)
-        self.branch7x7_1 = BasicConv2d(c, c7, 1)
-        self.branch7x7_2 = BasicConv2d(c7, c7, (1, 7))
-        self.branch7x7_3 = BasicConv2d(c7, 192, (7, 1))
-        self.branch7x7dbl_1 = BasicConv2d(c, c7, 1)
-        self.branch7x7dbl_2 = BasicConv2d(c7, c7, (7, 1))
-        self.branch7x7dbl_3 = BasicConv2d(c7, c7, (1, 7))
-        self.branch7x7dbl_4 = BasicConv2d(c7, c7, (7, 1))
-        self.branch7x7dbl_5 = BasicConv2d(c7, 192, (1, 7))
-        self.branch_pool = BasicConv2d(c, 192, 1)
-
-    def forward(self, x):
-        one = self.branch1x1(x)
-        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([one, seven, double, self.branch_pool(mean_pool(x))], 1)
+def inception_b(c):
+    return Branches(
+        {"3x3": Conv(c, 384, 3, 2, 0)},
+        {"3x3dbl_1": Conv(c, 64, 1), "3x3dbl_2": Conv(64, 96, 3),
+         "3x3dbl_3": Conv(96, 96, 3, 2, 0)},
+        {"max": HALVE})
 
 
-class InceptionD(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.branch3x3_1 = BasicConv2d(c, 192, 1)
-        self.branch3x3_2 = BasicConv2d(192, 320, 3, stride=2, padding=0)
-        self.branch7x7x3_1 = BasicConv2d(c, 192, 1)
-        self.branch7x7x3_2 = BasicConv2d(192, 192, (1, 7))
-        self.branch7x7x3_3 = BasicConv2d(192, 192, (7, 1))
-        self.branch7x7x3_4 = BasicConv2d(192, 192, 3, stride=2, padding=0)
-
-    def forward(self, x):
-        three = self.branch3x3_2(self.branch3x3_1(x))
-        seven = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
-        seven = self.branch7x7x3_4(seven)
-        return torch.cat([three, seven, F.max_pool2d(x, 3, stride=2)], 1)
+def inception_c(c, c7):
+    return Branches(
+        {"1x1": Conv(c, 192, 1)},
+        {"7x7_1": Conv(c, c7, 1), "7x7_2": Conv(c7, c7, (1, 7)), "7x7_3": Conv(c7, 192, (7, 1))},
+        {"7x7dbl_1": Conv(c, c7, 1), "7x7dbl_2": Conv(c7, c7, (7, 1)),
+         "7x7dbl_3": Conv(c7, c7, (1, 7)), "7x7dbl_4": Conv(c7, c7, (7, 1)),
+         "7x7dbl_5": Conv(c7, 192, (1, 7))},
+        {"mean": MEAN_POOL, "_pool": Conv(c, 192, 1)})
 
 
-class InceptionE(nn.Module):
-    def __init__(self, c, pool):
-        super().__init__()
-        self.branch1x1 = BasicConv2d(c, 320, 1)
-        self.branch3x3_1 = BasicConv2d(c, 384, 1)
-        self.branch3x3_2a = BasicConv2d(384, 384, (1, 3))
-        self.branch3x3_2b = BasicConv2d(384, 384, (3, 1))
-        self.branch3x3dbl_1 = BasicConv2d(c, 448, 1)
-        self.branch3x3dbl_2 = BasicConv2d(448, 384, 3)
-        self.branch3x3dbl_3a = BasicConv2d(384, 384, (1, 3))
-        self.branch3x3dbl_3b = BasicConv2d(384, 384, (3, 1))
-        self.branch_pool = BasicConv2d(c, 192, 1)
-        self.pool = pool
+def inception_d(c):
+    return Branches(
+        {"3x3_1": Conv(c, 192, 1), "3x3_2": Conv(192, 320, 3, 2, 0)},
+        {"7x7x3_1": Conv(c, 192, 1), "7x7x3_2": Conv(192, 192, (1, 7)),
+         "7x7x3_3": Conv(192, 192, (7, 1)), "7x7x3_4": Conv(192, 192, 3, 2, 0)},
+        {"max": HALVE})
 
-    def forward(self, x):
-        three = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return torch.cat([
-            self.branch1x1(x),
-            self.branch3x3_2a(three), self.branch3x3_2b(three),
-            self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double),
-            self.branch_pool(self.pool(x))], 1)
+
+def inception_e(c, pool):
+    def fork(name):
+        return Branches({name + "a": Conv(384, 384, (1, 3))}, {name + "b": Conv(384, 384, (3, 1))})
+
+    return Branches(
+        {"1x1": Conv(c, 320, 1)},
+        {"3x3_1": Conv(c, 384, 1), "fork": fork("3x3_2")},
+        {"3x3dbl_1": Conv(c, 448, 1), "3x3dbl_2": Conv(448, 384, 3), "fork": fork("3x3dbl_3")},
+        {"pool": pool, "_pool": Conv(c, 192, 1)})
 
 
 def interpolation(n, size=299):
@@ -180,30 +171,28 @@ def interpolation(n, size=299):
 
 
 class Inception(nn.Module):
-    """uint8 images (B, H, W, 3) -> pooled features (B, 2048) for FID, spatial (B, 2023) for sFID
-
-    load_state_dict takes the published file WEIGHTS, strictly."""
+    """uint8 images (B, H, W, 3) -> pooled features (B, 2048) for FID, spatial (B, 2023) for sFID"""
     names = ("FID", "sFID")
     widths = (2048, 2023)
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3 = BasicConv2d(3, 32, 3, stride=2, padding=0)
-        self.Conv2d_2a_3x3 = BasicConv2d(32, 32, 3, padding=0)
-        self.Conv2d_2b_3x3 = BasicConv2d(32, 64, 3)
-        self.Conv2d_3b_1x1 = BasicConv2d(64, 80, 1)
-        self.Conv2d_4a_3x3 = BasicConv2d(80, 192, 3, padding=0)
-        self.Mixed_5b = InceptionA(192, 32)
-        self.Mixed_5c = InceptionA(256, 64)
-        self.Mixed_5d = InceptionA(288, 64)
-        self.Mixed_6a = InceptionB(288)
-        self.Mixed_6b = InceptionC(768, 128)
-        self.Mixed_6c = InceptionC(768, 160)
-        self.Mixed_6d = InceptionC(768, 160)
-        self.Mixed_6e = InceptionC(768, 192)
-        self.Mixed_7a = InceptionD(768)
-        self.Mixed_7b = InceptionE(1280, mean_pool)
-        self.Mixed_7c = InceptionE(2048, max_pool)  # torchvision has a mean here
+        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2, padding=0)
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding=0)
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
+        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)
+        self.Mixed_5b = inception_a(192, 32)
+        self.Mixed_5c = inception_a(256, 64)
+        self.Mixed_5d = inception_a(288, 64)
+        self.Mixed_6a = inception_b(288)
+        self.Mixed_6b = inception_c(768, 128)
+        self.Mixed_6c = inception_c(768, 160)
+        self.Mixed_6d = inception_c(768, 160)
+        self.Mixed_6e = inception_c(768, 192)
+        self.Mixed_7a = inception_d(768)
+        self.Mixed_7b = inception_e(1280, MEAN_POOL)
+        self.Mixed_7c = inception_e(2048, MAX_POOL)  # torchvision has a mean here
         self.fc = nn.Linear(2048, 1008)
         self.eval()                                 # its batch norms are never trained
 
@@ -227,20 +216,7 @@ class Inception(nn.Module):
         return features @ self.fc.weight.T  # without bias, as in ADM's Inception Score
 
 
-def fold_batch_norms(net):
-    """Make each frozen batch norm a part of the convolution before it, which is faster"""
-    for module in net.modules():
-        if isinstance(module, BasicConv2d):
-            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
-            module.bn = nn.Identity()
-
-
 # ---- 2. The small network of an embedded data set, and loading either network --------------------
-
-def conv_block(c_in, c_out, stride):
-    conv = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU())
-
 
 class Classifier(nn.Module):
     """uint8 images (B, H, W, 3) -> (features (B, 96),)"""
@@ -249,12 +225,11 @@ class Classifier(nn.Module):
     def __init__(self, name, classes):
         super().__init__()
         self.names = (f"FD({name})",)
-        self.body = nn.Sequential(
-            conv_block(3, 16, stride=1),
-            conv_block(16, 32, stride=2),
-            conv_block(32, 32, stride=1),
-            conv_block(32, 64, stride=2),
-            conv_block(64, 96, stride=1))
+        self.body = nn.Sequential()
+        channels = (3, 16, 32, 32, 64, 96)
+        for i, stride in enumerate((1, 2, 1, 2, 1)):
+            conv = nn.Conv2d(channels[i], channels[i + 1], 3, stride, padding=1, bias=False)
+            self.body.append(nn.Sequential(conv, nn.BatchNorm2d(channels[i + 1]), nn.ReLU()))
         self.logits = nn.Linear(96, classes)
 
     def forward(self, images):
@@ -262,47 +237,29 @@ class Classifier(nn.Module):
         return (self.body(x).mean((2, 3)),)
 
 
-def load_file(path):
-    """torch.load of tensors and plain values, without running code -> the object, its sha256"""
-    try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if zipfile.is_zipfile(path):  # torch.load itself does not notice a flipped bit
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:
-                    raise ValueError("a checksum is wrong")
-        with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True), digest
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception as error:  # each way in which a file is broken raises another kind
-        # The error's own words are left out: torch advises to load such a file as code.
-        raise BadInput(f"{path}: expected a file of weights; this one is truncated, damaged or "
-                       f"holds something else ({type(error).__name__})") from None
-
-
 def load_network(path, device="cpu"):
     """The published Inception, or the Classifier of a features.pt. Raises BadInput."""
-    if not os.path.exists(path):
-        raise BadInput(f"{path}: no such file; FID takes {WEIGHTS_URL}, sha256 {WEIGHTS_SHA256}")
-    saved, digest = load_file(path)
-    try:
-        if "model" in saved:
-            state = saved["model"]
-            net = Classifier(saved["name"], len(state["logits.bias"]))
+    expected = f"{WEIGHTS_URL}, sha256 {WEIGHTS_SHA256}, or a features.pt"
+    with reading(path, expected), open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if zipfile.is_zipfile(file):  # torch.load itself does not notice a flipped bit
+            require(zipfile.ZipFile(file).testzip() is None, "a checksum is wrong")
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if "model" in state:
+            net = Classifier(state["name"], len(state["model"]["logits.bias"]))
+            state = state["model"]
         else:
-            state = saved
             net = Inception()
         net.load_state_dict(state)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error)[:300]
-        raise BadInput(f"{path}: expected {WEIGHTS} or a features.pt ({reason})") from None
-    for name, tensor in net.state_dict().items():
-        if not tensor.isfinite().all():
-            raise BadInput(f"{path}: {name} holds NaN or infinity, expected finite weights")
+        for name, tensor in state.items():
+            require(tensor.isfinite().all(), f"{name} holds NaN or infinity")
 
-    if isinstance(net, Inception):
-        fold_batch_norms(net)
+    # A frozen batch norm can be a part of the convolution before it, which is faster.
+    for module in net.modules():
+        if isinstance(module, Conv):
+            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
+            module.bn = nn.Identity()
     net.path = path
     net.sha256 = digest
     net.device = device
@@ -314,32 +271,21 @@ def load_network(path, device="cpu"):
 class Moments:
     """Mean and covariance of a stream of features (b, d), in float64
 
-    All is in one matrix, the sum of [1 x]^T [1 x] over all x: it holds the count, the sums and the
-    products. So the matrices of several ranks can simply be added."""
+    The sum of [1 x]^T [1 x] holds count, sums and products; ranks add theirs up."""
 
     def __init__(self, d, device="cpu"):
         self.sums = torch.zeros(1 + d, 1 + d, dtype=torch.float64, device=device)
 
     def update(self, x):
-        x = F.pad(x.double(), (1, 0), value=1.0)                  # (b, 1 + d)
-        self.sums += x.T @ x
+        one_x = F.pad(x.double(), (1, 0), value=1.0)              # (b, 1 + d)
+        self.sums += one_x.T @ one_x
 
     def statistics(self):
-        """mu (d,), cov (d, d) with n - 1. Raises BadInput."""
+        """mu (d,), cov (d, d) with n - 1"""
         sums = self.sums.cpu().numpy()
         n = sums[0, 0]
-        if n < 2:
-            raise BadInput(f"{n:.0f} images are too few for a covariance")
         mu = sums[0, 1:] / n
-        cov = (sums[1:, 1:] - n * np.outer(mu, mu)) / (n - 1)
-        return mu, cov
-
-
-def cholesky_factor(cov):
-    """(d, d) of rank r -> A (d, r) with cov = A A^T, by pivoted Cholesky"""
-    lower, pivots, rank, _ = lapack.dpstrf(cov, lower=1)
-    unpermuted = np.tril(lower)[np.argsort(pivots)]
-    return unpermuted[:, :rank]
+        return mu, (sums[1:, 1:] - n * np.outer(mu, mu)) / (n - 1)
 
 
 def frechet_distance(mu1, cov1, mu2, cov2):
@@ -347,13 +293,16 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 
     With cov1 = A A^T and cov2 = B B^T the root's trace is the sum of the singular values of A^T B.
     That is free of the covariances' null spaces, whose rounding errors a square root blows up."""
-    product = cholesky_factor(cov1).T @ cholesky_factor(cov2)     # (r1, r2)
+    def factor(cov):  # (d, d) of rank r -> (d, r), by pivoted Cholesky
+        lower, pivots, rank, _ = lapack.dpstrf(cov, lower=1)
+        return np.tril(lower)[np.argsort(pivots), :rank]
+
+    product = factor(cov1).T @ factor(cov2)                       # (r1, r2)
     if product.shape[0] > product.shape[1]:
         product = product.T  # the same singular values, and a smaller square below
     squares = np.linalg.eigvalsh(product @ product.T)             # squared singular values
-    trace_of_root = np.sqrt(squares.clip(0)).sum()
-    shift = ((mu1 - mu2) ** 2).sum()
-    return float(shift + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root)
+    trace_of_root = np.sqrt(squares.clip(0)).sum()                # rounding can make 0 negative
+    return float(((mu1 - mu2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root)
 
 
 def inception_score(logits, split=5000):
@@ -367,82 +316,35 @@ def inception_score(logits, split=5000):
     return float(np.mean(scores))
 
 
-def share_inside(x, manifold, k):
-    """Share of the points x that lie no farther from a point of the manifold than its k-th
-    neighbour in the manifold"""
-    radii = []
-    for part in manifold.split(500):
-        distances = torch.cdist(part, manifold)                   # (500, m)
-        radii.append(distances.kthvalue(k + 1).values)            # the nearest is the point itself
-    radii = torch.cat(radii)                                      # (m,)
-    inside = []
-    for part in x.split(500):
-        inside.append((torch.cdist(part, manifold) <= radii).any(1))
-    return torch.cat(inside).double().mean().item()
-
-
 def precision_recall(reference, samples, k=3):
-    """Features (m, d), (n, d) -> share of the samples inside the reference's manifold, and the
-    share of the reference inside the samples' (Kynkaanniemi et al. 2019). Raises BadInput."""
-    fewest = min(len(reference), len(samples))
-    if fewest <= k:
-        raise BadInput(f"{fewest} images are too few for {k} nearest neighbours")
-    return share_inside(samples, reference, k), share_inside(reference, samples, k)
+    """Features (m, d), (n, d) -> share of the samples that lie no farther from some reference than
+    its k-th neighbour in the reference, and the reverse (Kynkaanniemi et al. 2019)"""
+    def share(x, manifold):
+        # The nearest neighbour of a point is the point itself, and kthvalue counts from 1.
+        radii = [torch.cdist(part, manifold).kthvalue(k + 1).values for part in manifold.split(500)]
+        radii = torch.cat(radii)
+        inside = [(torch.cdist(part, manifold) <= radii).any(1) for part in x.split(500)]
+        return torch.cat(inside).double().mean().item()
+
+    return share(samples, reference), share(reference, samples)
 
 
 def kid(x, y):
     """Features (n, d), (m, d) -> unbiased MMD^2 with the kernel (x.y/d + 1)^3; may be negative"""
-    def sum_over_pairs(a, b):
-        return sum(((part @ b.T / d + 1) ** 3).sum() for part in a.split(500))
+    def kernel_sum(a, b):  # over all pairs
+        return sum(((part @ b.T / b.shape[1] + 1) ** 3).sum() for part in a.split(500))
 
-    def mean_over_other_pairs(a):  # without those of an image with itself
+    def mean_within(a):  # over all pairs but those of an image with itself
         with_itself = (((a**2).mean(1) + 1) ** 3).sum()
-        return (sum_over_pairs(a, a) - with_itself) / (len(a) * (len(a) - 1))
+        return (kernel_sum(a, a) - with_itself) / (len(a) * (len(a) - 1))
 
     x = x.double()
     y = y.double()
-    d = x.shape[1]
-    between = sum_over_pairs(x, y) / (len(x) * len(y))
-    return (mean_over_other_pairs(x) + mean_over_other_pairs(y) - 2 * between).item()
+    mean_between = kernel_sum(x, y) / (len(x) * len(y))
+    return (mean_within(x) + mean_within(y) - 2 * mean_between).item()
 
 
 # ---- 4. Images and references --------------------------------------------------------------------
-
-def list_images(folder):
-    """The image files in a folder and the folders in it, sorted. Links to folders are not followed,
-    so that no image is counted twice."""
-    def refuse(error):  # os.walk would pass a folder that it cannot read over in silence
-        raise BadInput(f"{error.filename}: cannot be listed ({error.strerror})")
-
-    files = []
-    for parent, _, names in os.walk(folder, onerror=refuse):
-        for name in names:
-            if name.lower().endswith((".png", ".jpg", ".jpeg")):
-                files.append(os.path.join(parent, name))
-    return sorted(files)
-
-
-def read_image(file):
-    try:
-        with Image.open(file) as image:
-            return np.array(image.convert("RGB"))
-    except Exception as error:  # each kind of damage raises another kind
-        raise BadInput(f"{file}: not a readable image ({error})") from None
-
-
-def read_arrays(path, names):
-    """Those of the named arrays that an .npz holds -> {name: array}. Raises BadInput."""
-    arrays = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in names:
-                if f"{name}.npy" in archive.namelist():
-                    with archive.open(f"{name}.npy") as member:
-                        arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
-    except Exception as error:  # each way in which a file is broken raises another kind
-        raise BadInput(f"{path}: expected a folder or an .npz, but {error}") from None
-    return arrays
-
 
 class Images:
     """The images of a folder, or arr_0 of an .npz: images[first:last] is uint8 (n, H, W, 3)
@@ -454,132 +356,81 @@ class Images:
         self.path = path
         self.labels = None
         self.files = []
-        if os.path.isdir(path):
-            self.files = list_images(path)
-            self.shape = (len(self.files),)
-        else:
-            self.open_npz()
-        if len(self) < 4:
-            raise BadInput(f"{path}: {len(self)} images are too few for 3 nearest neighbours")
-        if self.files:
-            self.shape += read_image(self.files[0]).shape
+        with reading(path, "a folder of images or an .npz"):
+            if os.path.isdir(path):
+                self.list_files()
+            else:
+                self.open_npz()
+            require(len(self) > 3, f"{len(self)} images are too few for 3 nearest neighbours")
+
+    def list_files(self):
+        # Links to folders are not followed, so that no image counts twice. Without onerror a folder
+        # that cannot be read would be passed over in silence.
+        for parent, _, names in os.walk(self.path, onerror=refuse):
+            images = [x for x in names if x.lower().endswith((".png", ".jpg", ".jpeg"))]
+            self.files += [os.path.join(parent, name) for name in images]
+        self.files.sort()
+        self.shape = (len(self.files),)
 
     def open_npz(self):
-        """Read the labels and the header of arr_0"""
-        try:
-            self.arr_0 = zipfile.ZipFile(self.path).open("arr_0.npy")
-            np.lib.format.read_magic(self.arr_0)
-            self.shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.arr_0)
-        except Exception as error:  # each way in which a file is broken raises another kind
-            raise BadInput(f"{self.path}: expected a folder or an .npz with arr_0, "
-                           f"but {error}") from None
+        arrays = NpzFile(self.path)
+        self.arr_0 = arrays.zip.open("arr_0.npy")
+        np.lib.format.read_magic(self.arr_0)
+        self.shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.arr_0)
         self.start = self.arr_0.tell()
-        order = "Fortran order" if fortran else "C order"
-        if dtype != np.uint8 or fortran or self.shape[3:] != (3,) or 0 in self.shape:
-            raise BadInput(f"{self.path}: arr_0 is {dtype} {self.shape} in {order}, "
-                           "expected uint8 (n, H, W, 3) in C order")
-
-        self.labels = read_arrays(self.path, ["labels"]).get("labels")
-        if self.labels is None:
-            return
-        if self.labels.shape != self.shape[:1] or self.labels.dtype.kind not in "iu":
-            raise BadInput(f"{self.path}: labels {self.labels.shape} are {self.labels.dtype}, "
-                           f"expected integers ({len(self)},)")
+        self.labels = arrays.get("labels")
+        require(not fortran, "arr_0 is in Fortran order, not in C order")
+        require(dtype == np.uint8 and self.shape[3:] == (3,) and 0 not in self.shape,
+                f"arr_0 is {dtype} {self.shape}, not uint8 (n, H, W, 3)")
+        require(self.labels is None or self.labels.shape == self.shape[:1],
+                f"labels {np.shape(self.labels)} are not one for each of {len(self)} images")
 
     def __len__(self):
         return self.shape[0]
 
     def __getitem__(self, rows):
-        first, last, _ = rows.indices(len(self))
-        if self.files:
-            return self.read_files(self.files[first:last])
-        size = math.prod(self.shape[1:])                          # bytes of an image
-        try:
+        images = []
+        for file in self.files[rows]:
+            with reading(file, "an image"), Image.open(file) as image:
+                images.append(np.array(image.convert("RGB")))
+        with reading(self.path, "undamaged images of one size"):
+            if self.files:
+                return np.stack(images)
+            first, last, _ = rows.indices(len(self))
+            size = math.prod(self.shape[1:])                      # bytes of an image
             self.arr_0.seek(self.start + first * size)
             data = bytearray(self.arr_0.read((last - first) * size))
             return np.frombuffer(data, np.uint8).reshape(last - first, *self.shape[1:])
-        except Exception as error:  # each way in which a file is broken raises another kind
-            raise BadInput(f"{self.path}: arr_0 is damaged ({error})") from None
-
-    def read_files(self, files):
-        images = []
-        for file in files:
-            image = read_image(file)
-            if image.shape != self.shape[1:]:
-                raise BadInput(f"{file}: {image.shape}, expected the same shape as "
-                               f"{self.files[0]}, {self.shape[1:]}")
-            images.append(image)
-        return np.stack(images)
-
-
-def check_statistics(name, mu, cov, d):
-    if mu.shape != (d,) or cov.shape != (d, d) or mu.dtype.kind != "f" or cov.dtype.kind != "f":
-        raise BadInput(f"{name}: {mu.dtype} {mu.shape}, {cov.dtype} {cov.shape}, expected floats "
-                       f"({d},), ({d}, {d})")
-    if not np.isfinite(mu).all() or not np.isfinite(cov).all():
-        raise BadInput(f"{name}: NaN or infinity, expected finite numbers")
-    asymmetry = np.abs(cov - cov.T).max()
-    if asymmetry > 1e-3 * np.abs(cov).max() or np.diag(cov).min() < 0:
-        raise BadInput(f"{name}: expected a covariance, symmetric and with no variance below 0")
 
 
 def open_reference(path, net):
-    """-> [(mu, cov)] for the network's outputs that have statistics here, Images or None
-
-    Raises BadInput."""
+    """-> [(mu, cov)] for outputs of the network, as far as they are here, and Images or None"""
     if os.path.isdir(path):
         return [], Images(path)
-    arrays = read_arrays(path, ["mu", "sigma", "mu_s", "sigma_s", "sha256"])
-    digest = str(arrays.get("sha256", net.sha256))
-    if digest != net.sha256:
-        raise BadInput(f"{path}: its statistics are of features of sha256 {digest}, expected those "
-                       f"of {net.path}, {net.sha256}")
-
     statistics = []
-    for suffix, d in zip(["", "_s"], net.widths):
-        mu = arrays.get("mu" + suffix)
-        cov = arrays.get("sigma" + suffix)
-        if mu is None or cov is None:
-            break
-        check_statistics(f"{path}: mu{suffix}, sigma{suffix}", mu, cov, d)
-        statistics.append((mu.astype(float), cov.astype(float)))
-    with zipfile.ZipFile(path) as archive:
-        holds_images = "arr_0.npy" in archive.namelist()
-    if statistics and not holds_images:
-        return statistics, None
+    with reading(path, f"an .npz made with {net.path}"), NpzFile(path) as arrays:
+        digest = str(arrays.get("sha256", net.sha256))
+        require(digest == net.sha256, f"its network's sha256 is {digest}, not {net.sha256}")
+        for suffix, d in zip(["", "_s"], net.widths):
+            if "mu" + suffix not in arrays:
+                break
+            mu = arrays["mu" + suffix].astype(float)
+            cov = arrays["sigma" + suffix].astype(float)
+            require(mu.shape == (d,) and cov.shape == (d, d),
+                    f"mu{suffix} is {mu.shape}, sigma{suffix} {cov.shape}, not of {d} features")
+            require(np.isfinite(mu).all() and np.isfinite(cov).all(), "it holds NaN or infinity")
+            statistics.append((mu, cov))
+        if statistics and "arr_0" not in arrays:
+            return statistics, None
     return statistics, Images(path)
 
 
 # ---- 5. From images to scores --------------------------------------------------------------------
 
-def progress(before, done, total, start):
-    """Show how many images are done and the time left: on a terminal in one line, in a file at
-    every tenth of the images after the first ten seconds"""
-    seconds = time.time() - start
-    minutes_left, seconds_left = divmod(int(seconds / done * (total - done)), 60)
-    line = f"{done:,} of {total:,} images, {minutes_left}:{seconds_left:02} left"
-    if sys.stderr.isatty():
-        end = "\r" if done < total else "\n"
-        print(f"{line:<60}", end=end, file=sys.stderr, flush=True)
-    elif seconds > 10 and done * 10 // total > before * 10 // total:
-        print(line, file=sys.stderr, flush=True)
-
-
-def sum_over_ranks(tensor):
-    """The sum of a tensor of each rank, by way of the CPU: gloo notices when a rank has ended"""
-    total = tensor.cpu()
-    try:
-        dist.all_reduce(total)
-    except RuntimeError:
-        raise BadInput("stopped, because another rank has ended: see what it printed") from None
-    return total.to(tensor.device)
-
-
 @torch.no_grad()
 def extract(net, images, keep=True, batch=64, rank=0, world=1):
-    """-> features (n, d) in order, or (0, d) if not to be kept, and [Moments] of each output
-
-    Every rank reads its share of the images; the results are the same on all. Raises BadInput."""
+    """-> features (n, d) in order, or (0, d) if not to be kept, and [Moments] of each output, the
+    same on all ranks, each of which reads its share of the images. Raises BadInput."""
     n = len(images)
     first = n * rank // world
     last = n * (rank + 1) // world
@@ -593,16 +444,21 @@ def extract(net, images, keep=True, batch=64, rank=0, world=1):
             moment.update(output)
         if keep:
             features[i:j] = outputs[0]
-        if rank == 0:
-            progress(i - first, j - first, last - first, start)
+        if rank == 0 and sys.stderr.isatty():
+            minutes = (time.time() - start) / (j - first) * (last - j) / 60
+            line = f"{(j - first) / (last - first):4.0%} of the images, {minutes:.1f} minutes left "
+            print(line, end="\r" if j < last else "\n", file=sys.stderr, flush=True)
 
     if world > 1:
-        features = sum_over_ranks(features)  # zero where another rank's rows are
-        for moment in moments:
-            moment.sums = sum_over_ranks(moment.sums)
+        try:
+            for tensor in [features] + [moment.sums for moment in moments]:
+                total = tensor.cpu()  # gloo, which is for CPUs, notices when a rank has ended
+                dist.all_reduce(total)  # features are zero where another rank's rows are
+                tensor.copy_(total)
+        except RuntimeError:
+            raise BadInput("stopped, because another rank has ended: see its message") from None
     for moment in moments:
-        if not moment.sums.isfinite().all():
-            raise BadInput(f"{net.path}: makes features that are NaN or infinite")
+        require(moment.sums.isfinite().all(), f"{net.path}: makes features that are not finite")
     return features, moments
 
 
@@ -616,65 +472,52 @@ def write_atomically(path, data):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        reason = error.strerror
-        raise BadInput(f"{path}: cannot be written, nothing is changed ({reason})") from None
+        raise BadInput(f"{path}: cannot be written ({error.strerror})") from None
     finally:
         if os.path.lexists(part):
             os.remove(part)
 
 
 def save_reference(path, net, images, rank=0, world=1, **arrays):
-    """Write the statistics of images, with more arrays, as an .npz to compare with later
-
-    Rank 0 writes. Raises BadInput."""
+    """Write the statistics of images, and more arrays, to an .npz. Raises BadInput."""
     _, moments = extract(net, images, keep=False, rank=rank, world=world)
     arrays["sha256"] = np.array(net.sha256)
     for suffix, moment in zip(["", "_s"], moments):
-        mu, cov = moment.statistics()
-        arrays["mu" + suffix] = mu
-        arrays["sigma" + suffix] = cov
-    if rank > 0:
-        return
+        arrays["mu" + suffix], arrays["sigma" + suffix] = moment.statistics()
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w", zipfile.ZIP_BZIP2) as archive:  # smaller than np.savez makes it
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
-    write_atomically(path, data.getvalue())
+    if rank == 0:
+        write_atomically(path, data.getvalue())
 
 
 def real_against_real(features, n, mu, cov):
     """Mean distance to mu, cov of up to ten disjoint draws of n of the features of real images"""
     order = np.random.default_rng(0).permutation(len(features))
-    draws = min(10, len(features) // n)
     distances = []
-    for i in range(draws):
-        rows = order[i * n:(i + 1) * n]
-        draw = features[rows].double().cpu().numpy()              # (n, d)
-        draw_cov = np.cov(draw, rowvar=False)
-        distances.append(frechet_distance(draw.mean(0), draw_cov, mu, cov))
+    for i in range(min(10, len(features) // n)):
+        draw = features[order[i * n:(i + 1) * n]].double().cpu().numpy()            # (n, d)
+        distances.append(frechet_distance(draw.mean(0), np.cov(draw, rowvar=False), mu, cov))
     return float(np.mean(distances))
 
 
 def evaluate(net, images, labels, reference, rank=0, world=1):
-    """Score images, uint8 (n, H, W, 3) or Images, against a reference
-
-    net: from load_network; labels: (n,) or None; reference: a path. -> dict of results, in the
-    order to print, the same on all ranks. Raises BadInput."""
+    """Score images, uint8 (n, H, W, 3) or Images, with labels (n,) or None, against the reference
+    at a path -> dict of results, in the order to print, equal on all ranks. Raises BadInput."""
     given, real = open_reference(reference, net)
     features, moments = extract(net, images, rank=rank, world=world)
-    statistics = given
     if real is not None:
         real_features, real_moments = extract(net, real, rank=rank, world=world)
-    if not given:
-        statistics = [moment.statistics() for moment in real_moments]
+    statistics = given if given else [moment.statistics() for moment in real_moments]
+    if len(statistics) < len(net.names) and rank == 0:
+        print(f"{reference}: has no mu_s and sigma_s, so sFID is left out", file=sys.stderr)
 
     n = len(features)
     report = {"features": net.names[0], "sha256": net.sha256, "d": net.widths[0], "n": n}
     for name, moment, (mu, cov) in zip(net.names, moments, statistics):
         report[name] = frechet_distance(*moment.statistics(), mu, cov)
-    if len(statistics) < len(net.names) and rank == 0:
-        print(f"{reference}: has no mu_s and sigma_s, so sFID is left out", file=sys.stderr)
     if real is not None:
         if given and n <= len(real_features):
             report["real_against_real"] = real_against_real(real_features, n, *given[0])
@@ -686,88 +529,60 @@ def evaluate(net, images, labels, reference, rank=0, world=1):
     elif labels is not None:
         predicted = net.logits(features).argmax(1).cpu().numpy()
         report["class_accuracy"] = float(np.mean(predicted == labels))
-
-    for name, value in report.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise BadInput(f"{reference}: {name} is {value} against it, expected a finite number")
     return report
 
 
 # ---- 6. Command line -----------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(message)
-
-
-def parse(argv):
-    parser = Parser(prog="fid.py", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(argv):
+    parser = argparse.ArgumentParser("fid.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
     parser.add_argument("samples")
     parser.add_argument("reference")
     parser.add_argument("--weights", help=f"{WEIGHTS} or a features.pt")
     parser.add_argument("--save", action="store_true", help="write statistics to REFERENCE instead")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
     args = parser.parse_args(argv)
-    if args.weights is None:
-        args.weights = os.path.join(os.path.dirname(args.reference), "features.pt")
-        if not os.path.exists(args.weights):
-            args.weights = WEIGHTS
-    return args
+    beside = os.path.join(os.path.dirname(args.reference), "features.pt")
+    default = beside if os.path.exists(beside) else WEIGHTS
+    weights = args.weights if args.weights else default
 
+    rank = int(os.environ.get("RANK", 0))  # torchrun sets these
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo")
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa would show in the results
 
-def pick_device():
-    """The GPU of this rank, or the CPU"""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if ranks_here > torch.cuda.device_count():
-        raise BadInput(f"{ranks_here} processes here, expected at most one for each of "
-                       f"{torch.cuda.device_count()} GPUs")
-    torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa would show in the results
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def run(args, rank, world):
-    net = load_network(args.weights, pick_device())
+    net = load_network(weights, device)
     if isinstance(net, Inception) and net.sha256 != WEIGHTS_SHA256 and rank == 0:
-        print(f"warning: {net.path} is not {WEIGHTS}, sha256 {WEIGHTS_SHA256}", file=sys.stderr)
+        print(f"warning: {weights} is not {WEIGHTS}, sha256 {WEIGHTS_SHA256}", file=sys.stderr)
     images = Images(args.samples)
     if args.save:
         folder = os.path.dirname(os.path.abspath(args.reference))
-        if os.path.isdir(args.reference) or not os.path.isdir(folder):
-            raise BadInput(f"{args.reference}: expected a file to write, in a folder that exists")
+        require(os.path.isdir(folder), f"{folder}: no such folder to write {args.reference} in")
         save_reference(args.reference, net, images, rank, world)
         return
     report = evaluate(net, images, images.labels, args.reference, rank, world)
-    if rank > 0:
-        return
-    if args.json:
+    if rank == 0 and args.json:
         print(json.dumps(report))
-        return
-    for name, value in report.items():
-        if not isinstance(value, str):
-            value = f"{value:.6g}"
-        print(f"{name:24} {value}")
+    elif rank == 0:
+        for name, value in report.items():
+            text = value if isinstance(value, str) else f"{value:.6g}"
+            print(f"{name:24} {text}")
 
 
 def main(argv=None):
     """-> exit code: 0, or 2 with one line on stderr for what cannot be used"""
-    rank = int(os.environ.get("RANK", 0))  # torchrun sets these
-    world = int(os.environ.get("WORLD_SIZE", 1))
     try:
-        args = parse(argv)
-        if world > 1:
-            dist.init_process_group("gloo")
-        run(args, rank, world)
+        run(argv)
         return 0
     except BadInput as error:
-        line = " ".join(str(error).split())
-        print(f"fid.py: {line}", file=sys.stderr)
+        print("fid.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    finally:
-        if world > 1 and dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -41,12 +41,8 @@ def train(train_path, test_path, folder):
     train_images = fid.Images(train_path)
     test_images = fid.Images(test_path)
     for images in train_images, test_images:
-        if images.labels is None:
-            raise fid.BadInput(f"{images.path}: expected labels beside arr_0")
-    if train_images.labels.min() < 0:
-        raise fid.BadInput(f"{train_path}: label {train_images.labels.min()}, expected 0 or more")
-    if not os.path.isdir(folder):
-        raise fid.BadInput(f"{folder}: expected a folder that exists")
+        fid.require(images.labels is not None, f"{images.path}: expected labels beside arr_0")
+    fid.require(os.path.isdir(folder), f"{folder}: expected a folder that exists")
 
     name = os.path.basename(os.path.abspath(folder)) + "-classifier"
     labels = train_images.labels.astype(np.int64)
@@ -55,7 +51,7 @@ def train(train_path, test_path, folder):
     weights = os.path.join(folder, "features.pt")
     fid.write_atomically(weights, data.getvalue())
 
-    # the statistics are those of the train split, the images those of the test split
+    # The statistics are those of the train split, the images those of the test split.
     net = fid.load_network(weights)
     reference = os.path.join(folder, "reference.npz")
     fid.save_reference(reference, net, train_images,
@@ -67,8 +63,7 @@ def main(argv=None):
     if argv is None:
         argv = sys.argv[1:]
     try:
-        if len(argv) != 3:
-            raise fid.BadInput("expected TRAIN.npz TEST.npz FOLDER")
+        fid.require(len(argv) == 3, "expected TRAIN.npz TEST.npz FOLDER")
         train(*argv)
         return 0
     except fid.BadInput as error:
