@@ -3,13 +3,14 @@
 A tokenizer turns an image into a grid of N integers, its codes, and a transformer predicts them one
 after the other. NPP changes only how the transformer is trained. It starts on patches of p x p
 codes: their embeddings are averaged into one input (Eq. 2), and one output distribution predicts
-all codes of the next patch (Eq. 3). It ends, with the same weights, on single codes. Sampling is
-plain next-token prediction. --patches 1 trains by next-token prediction from the start.
+all codes of the next patch (Eq. 3). The same weights are then trained on single codes (p = 1).
+Sampling is plain next-token prediction. --patches 1 is next-token prediction from the start.
 
 $ python npp.py                                          # minutes on a CPU, ends with pictures
 $ torchrun --nproc_per_node=8 npp.py --model B --data codes/imagenet256           # the paper
 $ python npp.py --sample out/tiny/ckpt.pt --classes Sandal,Bag --out bags.png
 $ torchrun --nproc_per_node=8 -- npp.py --sample out/B/ckpt.pt --n 50000 --out b.npz
+(Without the -- torchrun would read --n as a flag of its own.)
 
 Shapes: B images of N = h * w codes, patches of K = p * p codes, width D, vocabulary V.
 """
@@ -73,15 +74,15 @@ class Config:
     dropout: float = 0.1         # on token embeddings, attention and feed-forward outputs
     class_dropout: float = 0.1   # share of labels replaced by the null label, for guidance
     seed: int = 0                # of weights, batches, dropout and samples
-    # These change it by rounding and dropout masks only.
-    micro_batch: int = 0         # images at once on a rank; 0: its share of a batch, 100 samples
+    # These change it by rounding and dropout masks only, or not at all.
+    micro_batch: int = 0         # images at once on a rank; 0: all of its share, or 100 samples
     compile: str = "auto"        # true, false, or auto: true for training on a GPU
     dtype: str = "auto"          # float32, bfloat16, or auto: bfloat16 on a GPU
     log_every: int = 100         # steps between lines of log.jsonl
     eval_every: int = 2000       # steps between validation losses
     save_every: int = 2000       # steps between checkpoints
-    # Instead of training, draw samples.
-    sample: str = ""             # the checkpoint to sample from
+    # These are about samples. The pictures of training use most of them, too.
+    sample: str = ""             # checkpoint to sample from, instead of training
     classes: str = ""            # names or numbers with commas, or random; else all (.png: ten)
     n: int = 0                   # number of samples; 0: ten of each class
     cfg_scale: float = 2.0       # guidance scale; 1: no guidance
@@ -93,10 +94,10 @@ class Config:
     image_size_eval: int = 0     # resize samples to this many pixels before saving
 
 
-TINY = dict(steps=1200, batch=64, lr=8e-3, dropout=0.0,  # its rate at 64 images is 2e-3
+TINY = dict(steps=1200, batch=64, lr=8e-3, dropout=0.0,  # 8e-3 for 256 images is 2e-3 for 64
             log_every=25, eval_every=200, save_every=200)
 
-RECIPE = ("model patches lam epochs steps batch lr lr_min warmup_epochs decay_frac weight_decay "
+RECIPE = ("model patches lam steps batch lr lr_min warmup_epochs decay_frac weight_decay "
           "clip dropout class_dropout seed").split()
 
 # -------------------------------------------------------------------------------------------------
@@ -104,7 +105,10 @@ RECIPE = ("model patches lam epochs steps batch lr lr_min warmup_epochs decay_fr
 
 
 def patchify(x, p):
-    """Average the embeddings in each p x p block (Eq. 2): (B, N, D) -> (B, N/K, D)"""
+    """Average the embeddings in each p x p block (Eq. 2): (B, N, D) -> (B, N/K, D)
+
+    For another aggregation change the last line; at p = 1 it must return x.
+    """
     h = math.isqrt(x.shape[1]) // p
     return reduce(x, "b (h p1 w p2) d -> b (h w) d", "mean", h=h, p1=p, p2=p)
 
@@ -352,7 +356,7 @@ class Decoder:
         self.compiled = compile
         if compile:
             # A GPU computes a position faster than Python can launch its kernels. So they are
-            # recorded once, as a CUDA graph, and replayed for every batch that this decoder draws.
+            # recorded as a CUDA graph and replayed for every batch that this decoder draws.
             # A graph always writes to the same memory, therefore the caches must not move.
             self.next_logits = torch.compile(model.next_logits, mode="reduce-overhead",
                                              dynamic=False)
@@ -383,7 +387,7 @@ def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, 
     model.eval()
     if noise is None:
         noise = torch.rand(len(labels), model.grid**2, device=labels.device)
-    noise = patch_targets(noise, p)                                     # (B, N/K, K), as codes are
+    noise = patch_targets(noise, p)                                     # (B, N/K, K)
     guided = cfg_scale != 1
     if guided:  # one batch of both: with the class, and with the null label
         labels = torch.cat([labels, torch.full_like(labels, model.classes)])
@@ -509,7 +513,7 @@ def build(cfg, meta, device):
     torch.manual_seed(cfg.seed)
     model = Transformer(**SIZES[cfg.model], vocab=meta["vocab"], classes=len(meta["classes"]),
                         grid=meta["grid"], dropout=cfg.dropout)
-    if cfg.init and not os.path.exists(f"{cfg.out}/ckpt.pt"):           # else resume loads that
+    if cfg.init and not os.path.exists(f"{cfg.out}/ckpt.pt"):           # else see resume()
         start_from(model, cfg.init)
     model.to(device)
     matrices = [w for w in model.parameters() if w.dim() >= 2]          # embeddings too
@@ -536,7 +540,7 @@ def train(cfg):
     A resumed run is bit-exact on one CPU with the same micro_batch and dtype, for five reasons. The
     checkpoint holds the weights and the optimizer's moments. Patch edge and learning rate follow
     from the step. So does the batch, with its views and dropped labels. So does the seed of
-    dropout. And every checkpoint closes a line of the log, so half a mean is never lost.
+    dropout. And every checkpoint ends a line of the log, so no losses wait for the next line.
     """
     rank, world_size, device = setup()
     data = Codes(cfg.data)
@@ -549,7 +553,7 @@ def train(cfg):
     loss_of = Loss(model)
     if world_size > 1:  # every p uses every parameter, so DDP never waits for a missing gradient
         loss_of = nn.parallel.DistributedDataParallel(loss_of)
-    if cfg.compile == "true":  # DDP too, so that ranks exchange gradients during the backward pass
+    if cfg.compile == "true":  # DDP too: then ranks exchange gradients during the backward pass
         loss_of = torch.compile(loss_of, dynamic=False)                 # one graph for each p
     warmup = cfg.warmup_epochs * len(data.codes) / cfg.batch            # in steps
     share = cfg.batch // world_size                                     # images of this rank
@@ -574,11 +578,11 @@ def train(cfg):
         for i, piece in enumerate(zip(codes.split(micro_batch), labels.split(micro_batch))):
             exchange = nullcontext()
             if world_size > 1 and i < pieces - 1:
-                exchange = loss_of.no_sync()                            # the forward decides that
+                exchange = loss_of.no_sync()                            # read in the forward
             with exchange, autocast:
                 loss = loss_of(*piece, p) / pieces
             loss.backward()
-            total += loss.detach()                                      # nobody waits for a GPU
+            total += loss.detach()                                      # .item() would wait
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -660,8 +664,8 @@ class Watcher:
         if self.rank == 0:
             self.log(record)
             if done == end:
-                self.save_samples(p)
                 self.save(f"ckpt_p{p}.pt", done)
+                self.save_samples(p)
             if save:
                 self.save("ckpt.pt", done)              # last, as resume trusts this file alone
         self.losses = []
@@ -702,6 +706,7 @@ class Watcher:
                 save_images(self.path("samples.png"), images, labels.numpy())
 
     def save(self, name, step):
+        """meta: vocab, grid, image_size, classes, tokenizer, tokenizer_sha256, images, made_by"""
         state = dict(self.meta, model=self.model.state_dict(), step=step, config=asdict(self.cfg),
                      optimizer=self.optimizer.state_dict())
         replace_file(self.path(name), lambda f: torch.save(state, f))
@@ -709,12 +714,12 @@ class Watcher:
     def finish(self):
         if self.rank > 0 or self.tokenizer is None:
             return
-        sample = f"python npp.py --sample {self.path('ckpt.pt')}"
+        command = f"python npp.py --sample {self.path('ckpt.pt')}"
         say(f"\nsee {self.path('samples.png')}, one class per row; then try\n"
-            f"{sample} --cfg_scale 4 --out strong.png")
+            f"{command} --cfg_scale 4 --out strong.png")
         reference = os.path.join(self.cfg.data, "reference.npz")
         if os.path.exists(reference):
-            say(f"{sample} --n 1000 --out samples.npz && python fid.py samples.npz {reference}")
+            say(f"{command} --n 1000 --out samples.npz && python fid.py samples.npz {reference}")
 
 
 @torch.no_grad()
@@ -813,8 +818,8 @@ def cut_log(path, step):
 def load_model(path, n_head=None, grid=None):
     """A Transformer in eval mode; model.meta is what the file tells of its data. Raises BadInput.
 
-    Published checkpoints of LlamaGen and NPP tell neither heads nor grid: a head is 64 wide (100 in
-    3B) and the grid 16 codes a side (24 for images of 384 pixels), unless given.
+    Published checkpoints of LlamaGen and NPP tell neither heads nor grid. Unless given, a head is
+    taken to be 64 wide (100 in 3B) and the grid 16 codes a side; sample() asks --image_size.
     """
     saved = load_file(path)
     try:
@@ -911,7 +916,7 @@ def sample(cfg):
     """Draw samples from the checkpoint cfg.sample into cfg.out -> exit code
 
     Classes come in turn, n / classes times each, as in the reference. With --classes random, as in
-    LlamaGen's protocol, their shares differ from run to run, and so do the scores.
+    LlamaGen's protocol, their shares differ from seed to seed, and so do the scores.
     """
     rank, world_size, device = setup()
     if not cfg.out:
