@@ -755,10 +755,11 @@ def resume(path, cfg, meta, model, optimizer):
             raise ValueError(f"step {step} of {cfg.steps}")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        for w in model.parameters():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if step > 0 and optimizer.state[w][moment].shape != w.shape:
-                    raise ValueError("an optimizer of other weights")
+        if step > 0 and not optimizer.state:
+            raise ValueError("an optimizer without moments")
+        for w, state in optimizer.state.items():
+            if not state["exp_avg"].shape == state["exp_avg_sq"].shape == w.shape:
+                raise ValueError("an optimizer of other weights")
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise BadInput(f"{path}: expected a checkpoint of npp.py ({error!r})") from None
     return step
@@ -785,6 +786,7 @@ def check_schedule(steps, patches, lam, grid):
     require(0 < lam < 1, f"lam is {lam}, expected more than 0 and less than 1")
     for p, first, end in stages(steps, patches, lam):
         require(first < end, f"steps is {steps}, expected more: none is left for p = {p}")
+    require(end == steps, f"the last stage ends at step {end}, expected {steps}")
 
 
 def lock_folder(folder):

@@ -174,7 +174,7 @@ def draw_stage(ax, top, p, codes, colours, name, slots, pitch, title, note):
     dots = (centres[-2] + centres[-1]) / 2
     for y in (y_target, y_input):
         text(ax, dots, y, "· · ·", 17)
-    box(ax, left, y_box, right - left, 44, "transformer", "position i sees positions 1 to i")
+    box(ax, left, y_box, right - left, 44, "transformer", "each sees itself and all before it")
 
     label(ax, left, top + 53, "Targets:", "all 4 codes of the next patch, from one output (Eq. 3)"
           if p > 1 else "the next code")
