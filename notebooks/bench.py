@@ -53,7 +53,7 @@ from tokenizer import BadInput  # noqa: E402
 
 
 def cost(size, patches=(2, 1), lam=0.5, vocab=16384, grid=16):
-    """-> (average over the schedule, [of each stage]): forward multiply-adds an image
+    """-> (average over the schedule, [of each stage]): forward multiply-adds per image
 
     These are the paper's "GFLOPs" (Table 2): linear layers and output head at N/K + 1 positions,
     without attention scores. size is a name such as "B", or a dict of n_layer, n_head and dim.
@@ -108,7 +108,7 @@ def plan(argv):
                                 grid=args.grid)
     parameters = sum(w.numel() for w in model.parameters())
     print(f"{args.model}, {parameters:,} parameters\n"
-          "  p       steps  positions  G multiply-adds an image   share")
+          "  p       steps  positions  G multiply-adds per image  share")
     for (p, first, end), x in zip(npp.stages(steps, args.patches, args.lam), of_stages):
         positions = args.grid**2 // p**2 + 1
         share = (end - first) / steps * x / average

@@ -670,7 +670,8 @@ def figure(arms, path):
         place = costs[-1] + (i - len(arms) / 2) * most / 200  # runs of one cost, side by side
         right.errorbar(place, np.mean(distances), deviation, fmt="o", capsize=3, **style)
     left.set(title="Validation loss at p = 1, mean over seeds",
-             ylabel="nats a code (patch stages begin far above)", ylim=(lowest - 0.1, lowest + 1.3))
+             ylabel="nats per code (patch stages begin far above)",
+             ylim=(lowest - 0.1, lowest + 1.3))
     right.set(title="Distance of samples at the end, mean ± standard deviation",
               ylabel=f"{FD} at the best guidance, lower is better")
     for axis in (left, right):
