@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -121,9 +122,17 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def unfinished(data, out):
-    """A run of SHORT that stands at its middle, where the stage of p = 2 has ended"""
-    assert train(data, str(out)) == 0
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished run of SHORT, to be copied"""
+    folder = tmp_path_factory.mktemp("trained")
+    assert train(write_data(folder / "data"), folder / "run") == 0
+    return folder / "run"
+
+
+def unfinished(trained, out):
+    """A run of SHORT that has reached its middle, where the stage of p = 2 has ended"""
+    shutil.copytree(trained, out)
     os.remove(out / "ckpt_p1.pt")
     os.replace(out / "ckpt_p2.pt", out / "ckpt.pt")
     return str(out)
@@ -510,8 +519,8 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(data, tmp_
     assert all(w.isfinite().all() for w in weights(out).values())
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_is_named(data, tmp_path):
-    out = unfinished(data, tmp_path / "run")
+def test_a_full_disk_leaves_the_old_checkpoint_and_is_named(trained, data, tmp_path):
+    out = unfinished(trained, tmp_path / "run")
     before = weights(out)
     program = ("import resource, sys, npp\n"
                "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
@@ -579,13 +588,13 @@ def test_a_signal_while_sampling_leaves_one_line_and_no_file(published, tmp_path
     assert not os.path.exists(out + ".part") and not os.path.exists(out)
 
 
-def test_resume_needs_nothing_but_the_checkpoint(data, tmp_path):
-    out = unfinished(data, tmp_path / "run")
+def test_resume_needs_nothing_but_the_checkpoint(trained, data, tmp_path):
+    out = unfinished(trained, tmp_path / "run")
     with open(os.path.join(out, "log.jsonl"), "wb") as f:
         f.write(b'{"step": 4, "p": 2}\n{"step": 4}{"step": 8}\n\0\0\0\n{"p": 2}\n[]\n{"step": 1')
     assert train(data, out) == 0
     assert [x["step"] for x in log(out)] == [4, 16, 18, 20, 24]
-    out = unfinished(data, tmp_path / "other")
+    out = unfinished(trained, tmp_path / "other")
     os.remove(os.path.join(out, "log.jsonl"))
     assert train(data, out) == 0
 
@@ -602,8 +611,8 @@ def test_a_finished_run_is_not_touched(data, tmp_path, capsys):
     assert "is finished" in capsys.readouterr().out and before == times()
 
 
-def test_an_older_checkpoint_that_lacks_a_flag_still_resumes(data, tmp_path, capsys):
-    out = unfinished(data, tmp_path / "run")
+def test_an_older_checkpoint_that_lacks_a_flag_still_resumes(trained, data, tmp_path, capsys):
+    out = unfinished(trained, tmp_path / "run")
     path = os.path.join(out, "ckpt.pt")
     saved = torch.load(path, weights_only=True)
     del saved["config"]["clip"]
@@ -734,8 +743,8 @@ def test_bad_checkpoints_are_refused_and_run_no_code(data, tmp_path, capsys, mon
     refuses(capsys, flags(data=data, out=out, **SHORT), "expected a checkpoint of npp.py")
 
 
-def test_a_flipped_bit_in_a_checkpoint_is_found(data, tmp_path, capsys):
-    out = unfinished(data, tmp_path / "run")
+def test_a_flipped_bit_in_a_checkpoint_is_found(trained, data, tmp_path, capsys):
+    out = unfinished(trained, tmp_path / "run")
     path = os.path.join(out, "ckpt.pt")
     with open(path, "r+b") as f:
         f.seek(os.path.getsize(path) // 2)
@@ -755,8 +764,8 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(data, tmp_path, capsys):
     lambda saved: saved["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
     lambda saved: saved["model"].pop("norm.weight"),
 ])
-def test_a_checkpoint_with_wrong_contents_is_refused(data, tmp_path, capsys, change):
-    out = unfinished(data, tmp_path / "run")
+def test_a_checkpoint_with_wrong_contents_is_refused(trained, data, tmp_path, capsys, change):
+    out = unfinished(trained, tmp_path / "run")
     path = os.path.join(out, "ckpt.pt")
     saved = torch.load(path, weights_only=True)
     change(saved)
@@ -773,11 +782,9 @@ def test_a_checkpoint_with_wrong_contents_is_refused(data, tmp_path, capsys, cha
     (lambda saved: saved["model"].pop("layers.3.attention.wo.weight"), "layers.3.attention.wo"),
     (lambda saved: saved["model"]["norm.weight"].fill_(math.nan), "norm.weight holds NaN"),
 ])
-def test_a_checkpoint_that_cannot_be_sampled_is_refused(data, tmp_path, capsys, change, word):
-    out = str(tmp_path / "run")
-    assert train(data, out, steps=4) == 0
-    path = os.path.join(out, "ckpt.pt")
-    saved = torch.load(path, weights_only=True)
+def test_a_checkpoint_that_cannot_be_sampled_is_refused(trained, tmp_path, capsys, change, word):
+    path = str(tmp_path / "ckpt.pt")
+    saved = torch.load(trained / "ckpt.pt", weights_only=True)
     change(saved)
     torch.save(saved, path)
     refuses(capsys, ["--sample", path], "ckpt.pt", word)
