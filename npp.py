@@ -430,13 +430,15 @@ class Codes:
 
     codes (images, views, N) and labels (images,) are memory-mapped. The views of an image are the
     crops of it that were encoded; training draws one at random. val is the same pair for the
-    validation split, or None. meta is meta.json: vocab, grid, image_size, classes, tokenizer, ..
+    validation split, or None. meta is meta.json (vocab, grid, image_size, classes, tokenizer, ..)
+    and the number of images; checkpoints hold it too.
     """
 
     def __init__(self, folder):
         self.folder = folder
         self.meta = read_meta(folder)
         self.codes, self.labels = open_codes(folder, self.meta)
+        self.meta["images"] = len(self.codes)
         self.val = None
         if os.path.exists(os.path.join(folder, "codes_val.npy")):
             self.val = open_codes(folder, self.meta, "_val")
@@ -547,7 +549,7 @@ def train(cfg):
     complete(cfg, data, world_size)
     model, optimizer = build(cfg, data.meta, device)
     watcher = Watcher(cfg, data, model, optimizer, rank)
-    first = resume(f"{cfg.out}/ckpt.pt", cfg, watcher.meta, model, optimizer)
+    first = resume(f"{cfg.out}/ckpt.pt", cfg, data.meta, model, optimizer)
     watcher.start(first)
 
     loss_of = Loss(model)
@@ -595,6 +597,8 @@ def train(cfg):
 
 
 # -------------------------------------------------------------------------------------------------
+# The lesson ends here: 7 watches training and saves it, 8 draws samples, 9 reads the flags.
+#
 # 7. What only watches training, and saves it
 
 
@@ -609,14 +613,10 @@ class Watcher:
         self.rank = rank
         self.device = model.output.weight.device
         self.losses = []
-        self.meta = dict(data.meta, images=len(data.codes))             # goes into checkpoints
-        if cfg.tokenizer:
-            self.meta["tokenizer"] = cfg.tokenizer
         self.tokenizer = None
-        if self.meta["tokenizer"]:
-            self.tokenizer = load_tokenizer(self.meta["tokenizer"], self.device, data.meta)
+        if data.meta["tokenizer"]:
+            self.tokenizer = load_tokenizer(data.meta["tokenizer"], self.device, data.meta)
         self.classes = class_numbers(cfg.classes, data.meta["classes"], most=10)
-        self.lock = None
         if rank == 0:
             self.lock = lock_folder(cfg.out)
         mean_over_ranks(torch.zeros(1))                 # a barrier: the folder is ours
@@ -632,7 +632,7 @@ class Watcher:
             if first == 0:
                 self.save("ckpt.pt", 0)                 # so that no other recipe claims the folder
             size = sum(w.numel() for w in self.model.parameters())
-            say(f"{self.cfg.model}, {size:,} parameters; {self.meta['images']:,} images; "
+            say(f"{self.cfg.model}, {size:,} parameters; {self.data.meta['images']:,} images; "
                 f"steps {first:,} to {self.cfg.steps:,}; in {self.cfg.out}")
         interrupt.saves_first = True
         self.start_time = self.window_start = time.time()
@@ -707,8 +707,8 @@ class Watcher:
 
     def save(self, name, step):
         """meta: vocab, grid, image_size, classes, tokenizer, tokenizer_sha256, images, made_by"""
-        state = dict(self.meta, model=self.model.state_dict(), step=step, config=asdict(self.cfg),
-                     optimizer=self.optimizer.state_dict())
+        state = dict(self.data.meta, step=step, config=asdict(self.cfg),
+                     model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
         replace_file(self.path(name), lambda f: torch.save(state, f))
 
     def finish(self):
@@ -769,6 +769,8 @@ def complete(cfg, data, world_size):
     """Fill in steps and out, and refuse what cannot be trained"""
     if not cfg.out:
         cfg.out = f"out/{cfg.model}"
+    if cfg.tokenizer:
+        data.meta["tokenizer"] = cfg.tokenizer
     if cfg.steps == 0:
         cfg.steps = round(cfg.epochs * len(data.codes) / cfg.batch)
     check_schedule(cfg.steps, cfg.patches, cfg.lam, data.meta["grid"])
