@@ -233,6 +233,16 @@ def at_temperature(function):
     return "exp(logits / T) is exp(logits) to which power?"
 
 
+@exercise("4.7")
+def effects(function):
+    answer = call(function, 3.6, 3.4, 3.8, 3.5)
+    if is_near(answer, (-0.2, 0.2, -0.1)):
+        return None
+    if is_near(sum(answer), -0.1):
+        return "the sum is right: which two of the four runs differ in the schedule alone?"
+    return "the three parts must add up to the loss of NPP's recipe minus that of LlamaGen's"
+
+
 # -------------------------------------------------------------------------------------------------
 # 5. Evaluate
 

@@ -77,6 +77,13 @@ def at_temperature(probs, T):
     raised = probs ** (1 / T)
     return raised / raised.sum(-1, keepdim=True)
 
+# Exercise 4.7
+def effects(plain_constant, plain_npp, patches_constant, patches_npp):
+    schedule = plain_npp - plain_constant
+    patches = patches_constant - plain_constant
+    interaction = patches_npp - plain_constant - schedule - patches
+    return schedule, patches, interaction
+
 # Exercise 5.1
 def squared_distance(x, y):
     return ((np.sort(x) - np.sort(y)) ** 2).mean()
