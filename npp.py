@@ -61,7 +61,7 @@ class Config:
     # These decide the result: a run is resumed only with the same values (RECIPE below).
     model: str = "tiny"          # tiny, B, L, XL, XXL or 3B
     patches: tuple = (2, 1)      # patch edge p of each stage; 4,2,1 adds a level
-    lam: float = 0.5             # stage i of L ends at lam^(L-1-i) of the steps: 25, 50, 100 %
+    lam: float = 0.5             # with 4,2,1 the stages end at lam^2, lam, 1 of the steps
     epochs: float = 300.0        # passes over the images
     steps: int = 0               # total steps, instead of epochs
     batch: int = 256             # images in a step, over all ranks
@@ -105,10 +105,7 @@ RECIPE = ("model patches lam steps batch lr lr_min warmup_epochs decay_frac weig
 
 
 def patchify(x, p):
-    """Average the embeddings in each p x p block (Eq. 2): (B, N, D) -> (B, N/K, D)
-
-    For another aggregation change the last line; at p = 1 it must return x.
-    """
+    """Average the embeddings in each p x p block (Eq. 2): (B, N, D) -> (B, N/K, D)"""
     h = math.isqrt(x.shape[1]) // p
     return reduce(x, "b (h p1 w p2) d -> b (h w) d", "mean", h=h, p1=p, p2=p)
 
@@ -122,10 +119,11 @@ def patch_targets(codes, p):
 def npp_loss(logits, targets):
     """Patch cross-entropy (Eq. 3): logits (B, N/K, V), targets (B, N/K, K) -> mean nats per code
 
-    The same number as cross-entropy on logits repeated K times, at 1/K of the memory.
+    Cross-entropy on logits repeated K times gives the same number at K times the memory.
     """
     log_probs = logits.log_softmax(-1)                      # (B, N/K, V)
-    return -log_probs.gather(-1, targets).mean()            # the mean of (B, N/K, K)
+    of_targets = log_probs.gather(-1, targets)              # (B, N/K, K)
+    return -of_targets.mean()
 
 
 def stages(total, patches, lam):

@@ -77,8 +77,8 @@ def arrow(ax, start, end, colour=GRAY, line=1.4, curve=0.0):
 def box(ax, x, y, width, height, words, small):
     ax.add_patch(FancyBboxPatch((x, y), width, height, facecolor=BLUE, edgecolor=BLUE,
                                 boxstyle="round,pad=0,rounding_size=9"))
-    text(ax, x + width / 2 - 20, y + height / 2, words, 15, "white", "right", weight="bold")
-    text(ax, x + width / 2 - 4, y + height / 2, f"({small})", 12, "white", "left")
+    text(ax, x + width / 2 - 110, y + height / 2, words, 15, "white", "right", weight="bold")
+    text(ax, x + width / 2 - 94, y + height / 2, f"({small})", 12, "white", "left")
 
 
 def label(ax, x, y, bold, words):
@@ -174,12 +174,17 @@ def draw_stage(ax, top, p, codes, colours, name, slots, pitch, title, note):
     dots = (centres[-2] + centres[-1]) / 2
     for y in (y_target, y_input):
         text(ax, dots, y, "· · ·", 17)
-    box(ax, left, y_box, right - left, 44, "transformer", "each sees itself and all before it")
+    box(ax, left, y_box, right - left, 44, "transformer",
+        "each position sees itself and those before it")
 
-    label(ax, left, top + 53, "Targets:", "all 4 codes of the next patch, from one output (Eq. 3)"
-          if p > 1 else "the next code")
-    label(ax, left, top + 284, "Inputs:", "the class, then the means of patches 1 to 15 (Eq. 2)"
-          if p > 1 else "the class, then codes 1 to 63")
+    if p > 1:
+        targets = "all 4 codes of the next patch, from one output (Eq. 3)"
+        inputs = "the class, then patches 1 to 15, a column later (Eq. 2)"
+    else:
+        targets = "the next code"
+        inputs = "the class, then codes 1 to 63, a column later"
+    label(ax, left, top + 53, "Targets:", targets)
+    label(ax, left, top + 284, "Inputs:", inputs)
 
 
 def main(path=PICTURE):
