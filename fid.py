@@ -235,7 +235,7 @@ def load_network(path, device="cpu"):
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if zipfile.is_zipfile(file):  # torch.load itself does not notice a flipped bit
             require(zipfile.ZipFile(file).testzip() is None, "a checksum is wrong")
-        with warnings.catch_warnings(action="ignore"):  # of pickles, before they are refused
+        with warnings.catch_warnings(action="ignore"):  # torch warns of some files that it refuses
             state = torch.load(path, map_location="cpu", weights_only=True)
         if "model" in state:
             net = Classifier(state["name"], len(state["model"]["logits.bias"]))
@@ -567,7 +567,7 @@ def run(argv):
 
 
 def main(argv=None):
-    """-> exit code: 0, or with one line on stderr 2 for what cannot be used, 130 after a signal"""
+    """-> exit code: 0, or with one line on stderr 2 after bad input and 130 after a signal"""
     try:
         run(argv)
         return 0
