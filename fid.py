@@ -21,9 +21,8 @@ All but KID depend on n, the number of samples. `real_against_real` is the dista
 images of arr_0 get, over ten draws: samples cannot be expected to get a smaller one.
 Only Inception's 2048 features make a FID; those of another network make a FD(its name).
 
-Not checked, as we have neither the published weights nor TensorFlow: that real images give ADM's
-numbers.
-ADM's README has FID 3.94, sFID 6.14, IS 215.84, P 0.8265, R 0.5309, to compare with the output of
+Not checked, for want of the published weights: that real images give ADM's numbers. Its README has
+FID 3.94, sFID 6.14, IS 215.84, P 0.8265, R 0.5309, to compare with the output of
     python fid.py admnet_guided_upsampled_imagenet256.npz VIRTUAL_imagenet256_labeled.npz
 """
 
@@ -93,30 +92,29 @@ class Conv(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-MAX_POOL = nn.MaxPool2d(3, stride=1, padding=1)
-HALVE = nn.MaxPool2d(3, stride=2)
 # The graph of 2015-12-05 does not count the zeros around the image, as torchvision does.
 MEAN_POOL = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 
 
 class Branches(nn.Module):
-    """Branches side by side, each a dict of the layers that follow one another in it. A branch may
-    fork at its end, that is, hold Branches, whose layers then get names as layers of this block."""
+    """Branches side by side, each a dict of the layers that follow one another
+
+    A branch may end in a fork: Branches again, whose layers are named as layers of this block."""
 
     def __init__(self, *branches):
         super().__init__()
-        # A module in a list is not registered; the loop below does it, by the published names.
-        self.rows = [nn.Sequential(*branch.values()) for branch in branches]
+        # A list does not register its modules; the loop below does, by the published names.
+        self.branches = [nn.Sequential(*branch.values()) for branch in branches]
         for branch in branches:
             for name, layer in branch.items():
-                if name == "fork":
+                if isinstance(layer, Branches):
                     for fork_name, fork_layer in layer.named_children():
                         self.add_module(fork_name, fork_layer)
                 else:
                     self.add_module("branch" + name, layer)
 
     def forward(self, x):
-        return torch.cat([row(x) for row in self.rows], 1)
+        return torch.cat([branch(x) for branch in self.branches], 1)
 
 
 def inception_a(c, c_pool):
@@ -125,14 +123,6 @@ def inception_a(c, c_pool):
         {"5x5_1": Conv(c, 48, 1), "5x5_2": Conv(48, 64, 5)},
         {"3x3dbl_1": Conv(c, 64, 1), "3x3dbl_2": Conv(64, 96, 3), "3x3dbl_3": Conv(96, 96, 3)},
         {"mean": MEAN_POOL, "_pool": Conv(c, c_pool, 1)})
-
-
-def inception_b(c):
-    return Branches(
-        {"3x3": Conv(c, 384, 3, 2, 0)},
-        {"3x3dbl_1": Conv(c, 64, 1), "3x3dbl_2": Conv(64, 96, 3),
-         "3x3dbl_3": Conv(96, 96, 3, 2, 0)},
-        {"max": HALVE})
 
 
 def inception_c(c, c7):
@@ -145,22 +135,14 @@ def inception_c(c, c7):
         {"mean": MEAN_POOL, "_pool": Conv(c, 192, 1)})
 
 
-def inception_d(c):
-    return Branches(
-        {"3x3_1": Conv(c, 192, 1), "3x3_2": Conv(192, 320, 3, 2, 0)},
-        {"7x7x3_1": Conv(c, 192, 1), "7x7x3_2": Conv(192, 192, (1, 7)),
-         "7x7x3_3": Conv(192, 192, (7, 1)), "7x7x3_4": Conv(192, 192, 3, 2, 0)},
-        {"max": HALVE})
-
-
 def inception_e(c, pool):
-    def fork(name):
-        return Branches({name + "a": Conv(384, 384, (1, 3))}, {name + "b": Conv(384, 384, (3, 1))})
-
+    fork = Branches({"3x3_2a": Conv(384, 384, (1, 3))}, {"3x3_2b": Conv(384, 384, (3, 1))})
+    dbl_fork = Branches({"3x3dbl_3a": Conv(384, 384, (1, 3))},
+                        {"3x3dbl_3b": Conv(384, 384, (3, 1))})
     return Branches(
         {"1x1": Conv(c, 320, 1)},
-        {"3x3_1": Conv(c, 384, 1), "fork": fork("3x3_2")},
-        {"3x3dbl_1": Conv(c, 448, 1), "3x3dbl_2": Conv(448, 384, 3), "fork": fork("3x3dbl_3")},
+        {"3x3_1": Conv(c, 384, 1), "fork": fork},
+        {"3x3dbl_1": Conv(c, 448, 1), "3x3dbl_2": Conv(448, 384, 3), "fork": dbl_fork},
         {"pool": pool, "_pool": Conv(c, 192, 1)})
 
 
@@ -186,14 +168,23 @@ class Inception(nn.Module):
         self.Mixed_5b = inception_a(192, 32)
         self.Mixed_5c = inception_a(256, 64)
         self.Mixed_5d = inception_a(288, 64)
-        self.Mixed_6a = inception_b(288)
+        self.Mixed_6a = Branches(
+            {"3x3": Conv(288, 384, 3, 2, 0)},
+            {"3x3dbl_1": Conv(288, 64, 1), "3x3dbl_2": Conv(64, 96, 3),
+             "3x3dbl_3": Conv(96, 96, 3, 2, 0)},
+            {"max": nn.MaxPool2d(3, stride=2)})
         self.Mixed_6b = inception_c(768, 128)
         self.Mixed_6c = inception_c(768, 160)
         self.Mixed_6d = inception_c(768, 160)
         self.Mixed_6e = inception_c(768, 192)
-        self.Mixed_7a = inception_d(768)
+        self.Mixed_7a = Branches(
+            {"3x3_1": Conv(768, 192, 1), "3x3_2": Conv(192, 320, 3, 2, 0)},
+            {"7x7x3_1": Conv(768, 192, 1), "7x7x3_2": Conv(192, 192, (1, 7)),
+             "7x7x3_3": Conv(192, 192, (7, 1)), "7x7x3_4": Conv(192, 192, 3, 2, 0)},
+            {"max": nn.MaxPool2d(3, stride=2)})
         self.Mixed_7b = inception_e(1280, MEAN_POOL)
-        self.Mixed_7c = inception_e(2048, MAX_POOL)  # torchvision has a mean here
+        # The graph of 2015-12-05 has a maximum here, torchvision a mean.
+        self.Mixed_7c = inception_e(2048, nn.MaxPool2d(3, stride=1, padding=1))
         self.fc = nn.Linear(2048, 1008)
         self.eval()                                 # its batch norms are never trained
 
@@ -227,10 +218,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.names = (f"FD({name})",)
         self.body = nn.Sequential()
-        channels = (3, 16, 32, 32, 64, 96)
-        for i, stride in enumerate((1, 2, 1, 2, 1)):
-            conv = nn.Conv2d(channels[i], channels[i + 1], 3, stride, padding=1, bias=False)
-            self.body.append(nn.Sequential(conv, nn.BatchNorm2d(channels[i + 1]), nn.ReLU()))
+        for c_in, c_out, stride in (3, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 96, 1):
+            conv = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+            self.body.append(nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU()))
         self.logits = nn.Linear(96, classes)
 
     def forward(self, images):
@@ -245,7 +235,7 @@ def load_network(path, device="cpu"):
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if zipfile.is_zipfile(file):  # torch.load itself does not notice a flipped bit
             require(zipfile.ZipFile(file).testzip() is None, "a checksum is wrong")
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"):  # torch warns of some files that it refuses
             state = torch.load(path, map_location="cpu", weights_only=True)
         if "model" in state:
             net = Classifier(state["name"], len(state["model"]["logits.bias"]))
@@ -367,19 +357,20 @@ class Images:
     def list_files(self):
         # Links to folders are not followed, so that no image counts twice. Without onerror a folder
         # that cannot be read would be passed over in silence.
-        for parent, _, names in os.walk(self.path, onerror=refuse):
-            images = [x for x in names if x.lower().endswith((".png", ".jpg", ".jpeg"))]
-            self.files += [os.path.join(parent, name) for name in images]
+        for folder, _, names in os.walk(self.path, onerror=refuse):
+            for name in names:
+                if name.lower().endswith((".png", ".jpg", ".jpeg")):
+                    self.files.append(os.path.join(folder, name))
         self.files.sort()
         self.shape = (len(self.files),)
 
     def open_npz(self):
         arrays = NpzFile(self.path)
+        self.labels = arrays.get("labels")
         self.arr_0 = arrays.zip.open("arr_0.npy")
         np.lib.format.read_magic(self.arr_0)
         self.shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.arr_0)
         self.start = self.arr_0.tell()
-        self.labels = arrays.get("labels")
         require(not fortran, "arr_0 is in Fortran order, not in C order")
         require(dtype == np.uint8 and self.shape[3:] == (3,) and 0 not in self.shape,
                 f"arr_0 is {dtype} {self.shape}, not uint8 (n, H, W, 3)")
@@ -430,25 +421,24 @@ def open_reference(path, net):
 
 @torch.no_grad()
 def extract(net, images, keep=True, batch=64, rank=0, world=1):
-    """-> features (n, d) in order, or (0, d) if not to be kept, and [Moments] of each output, the
-    same on all ranks, each of which reads its share of the images. Raises BadInput."""
+    """-> features (n, d) in order, or (0, d) if not to be kept, and [Moments] of each output
+
+    The ranks take turns, a batch each, and all of them get the same result. Raises BadInput."""
     n = len(images)
-    first = n * rank // world
-    last = n * (rank + 1) // world
     features = torch.zeros(n if keep else 0, net.widths[0], device=net.device)
     moments = [Moments(d, net.device) for d in net.widths]
     start = time.time()
-    for i in range(first, last, batch):
-        j = min(i + batch, last)
-        outputs = net(torch.from_numpy(images[i:j]).to(net.device))
+    for i in range(rank * batch, n, world * batch):
+        outputs = net(torch.from_numpy(images[i:i + batch]).to(net.device))
         for moment, output in zip(moments, outputs):
             moment.update(output)
         if keep:
-            features[i:j] = outputs[0]
+            features[i:i + batch] = outputs[0]
         if rank == 0 and sys.stderr.isatty():
-            minutes = (time.time() - start) / (j - first) * (last - j) / 60
-            line = f"{(j - first) / (last - first):4.0%} of the images, {minutes:.1f} minutes left "
-            print(line, end="\r" if j < last else "\n", file=sys.stderr, flush=True)
+            done = min(1, (i + world * batch) / n)
+            minutes = (time.time() - start) * (1 - done) / done / 60
+            line = f"{done:4.0%} of the images, {minutes:.1f} minutes left "
+            print(line, end="\r" if done < 1 else "\n", file=sys.stderr, flush=True)
 
     if world > 1:
         try:
@@ -482,14 +472,14 @@ def write_atomically(path, data):
 def save_reference(path, net, images, rank=0, world=1, **arrays):
     """Write the statistics of images, and more arrays, to an .npz. Raises BadInput."""
     _, moments = extract(net, images, keep=False, rank=rank, world=world)
-    arrays["sha256"] = np.array(net.sha256)
+    arrays["sha256"] = net.sha256
     for suffix, moment in zip(["", "_s"], moments):
         arrays["mu" + suffix], arrays["sigma" + suffix] = moment.statistics()
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w", zipfile.ZIP_BZIP2) as archive:  # smaller than np.savez makes it
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+                np.save(member, array, allow_pickle=False)
     if rank == 0:
         write_atomically(path, data.getvalue())
 
@@ -499,7 +489,7 @@ def real_against_real(features, n, mu, cov):
     order = np.random.default_rng(0).permutation(len(features))
     distances = []
     for i in range(min(10, len(features) // n)):
-        draw = features[order[i * n:(i + 1) * n]].double().cpu().numpy()            # (n, d)
+        draw = features[order[i * n:(i + 1) * n]].double().cpu().numpy()  # (n, d)
         distances.append(frechet_distance(draw.mean(0), np.cov(draw, rowvar=False), mu, cov))
     return float(np.mean(distances))
 
@@ -577,19 +567,18 @@ def run(argv):
 
 
 def main(argv=None):
-    """-> exit code: 0, or 2 with one line on stderr for what cannot be used"""
+    """-> exit code: 0, or with one line on stderr 2 after bad input and 130 after a signal"""
     try:
         run(argv)
         return 0
     except BadInput as error:
         print("fid.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("fid.py: stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("fid.py: stopped", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main())

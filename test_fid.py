@@ -86,6 +86,14 @@ def small(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """An .npz of five images, without labels"""
+    path = tmp_path_factory.mktemp("few") / "a.npz"
+    np.savez(path, arr_0=random_images(5))
+    return path
+
+
 def small_report(images, labels, folder):
     net = fid.load_network(str(folder / "features.pt"))
     return fid.evaluate(net, images, labels, str(folder / "reference.npz"))
@@ -140,8 +148,15 @@ def two_ranks(command):
     return results
 
 
+def reported(capsys, *argv):
+    """-> the report on stdout, and what is on stderr"""
+    assert fid.main([str(x) for x in argv] + ["--json"]) == 0
+    out, err = capsys.readouterr()
+    return json.loads(out), err
+
+
 def refused(capsys, words, *argv):
-    """Bad input gives exit code 2, one line on stderr with these words, and nothing on stdout"""
+    """Bad input gives exit code 2, nothing on stdout, and on stderr one line, which is returned"""
     assert fid.main([str(x) for x in argv]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -149,15 +164,28 @@ def refused(capsys, words, *argv):
     assert err.startswith("fid.py: ")
     for word in words:
         assert word in err
+    return err
+
+
+def flip_bit(data, i):
+    return data[:i] + bytes([data[i] ^ 1]) + data[i + 1:]
 
 
 # ---- 1. Inception --------------------------------------------------------------------------------
 
-def test_inception_has_the_published_shape():
-    trained = sum(weight.numel() for weight in inception().parameters())
+def test_inception_has_the_published_shape_and_uses_every_convolution_once():
+    used = []
+
+    def note(module, inputs, output):
+        used.append(module)
+
     convolutions = [m for m in inception().modules() if isinstance(m, fid.Conv)]
-    assert trained == 23_850_960
-    assert len(convolutions) == 94
+    hooks = [module.register_forward_hook(note) for module in convolutions]
+    inception()(torch.from_numpy(random_images(1)))
+    for hook in hooks:
+        hook.remove()
+    assert sum(weight.numel() for weight in inception().parameters()) == 23_850_960
+    assert len(convolutions) == len(used) == len(set(used)) == 94
 
 
 def test_the_published_names_load_strictly_with_and_without_counts_of_batches():
@@ -177,20 +205,6 @@ def test_inception_gives_torch_fidelitys_numbers(inception_file):
             assert values.shape == golden[name].shape
             difference = np.abs(values.numpy() - golden[name]).max()
             assert difference < 1e-5 * np.abs(golden[name]).max()
-
-
-def test_inception_uses_every_convolution_once():
-    used = []
-
-    def note(module, inputs, output):
-        used.append(module)
-
-    modules = [m for m in inception().modules() if isinstance(m, fid.Conv)]
-    hooks = [module.register_forward_hook(note) for module in modules]
-    inception()(torch.from_numpy(random_images(1)))
-    for hook in hooks:
-        hook.remove()
-    assert len(used) == len(set(used)) == 94
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 31), (32, 32), (299, 299), (300, 512)])
@@ -361,12 +375,10 @@ def test_a_saved_reference_gives_what_its_images_give(small, tmp_path, capsys):
     saved = str(tmp_path / "saved.npz")
     np.savez(real, arr_0=random_images(90, seed=3))
     np.savez(fake, arr_0=random_images(80, seed=4))
-    weights = ["--weights", str(small / "features.pt"), "--json"]
-    assert fid.main([real, saved, "--save", *weights]) == 0
-    assert fid.main([fake, real, *weights]) == 0
-    from_images = json.loads(capsys.readouterr().out)
-    assert fid.main([fake, saved, *weights]) == 0
-    from_statistics = json.loads(capsys.readouterr().out)
+    weights = str(small / "features.pt")
+    assert fid.main([real, saved, "--save", "--weights", weights]) == 0
+    from_images, _ = reported(capsys, fake, real, "--weights", weights)
+    from_statistics, _ = reported(capsys, fake, saved, "--weights", weights)
     assert "KID" in from_images
     assert "KID" not in from_statistics  # needs images
     name = "FD(toy-classifier)"
@@ -379,10 +391,8 @@ def test_inception_reports_the_whole_protocol(inception_file, tmp_path, capsys):
     real = random_images(5, seed=1)
     np.savez(tmp_path / "fake.npz", arr_0=golden["images"])
     np.savez(tmp_path / "real.npz", arr_0=real)
-    files = [str(tmp_path / "fake.npz"), str(tmp_path / "real.npz")]
-    assert fid.main([*files, "--weights", inception_file, "--json"]) == 0
-    out, err = capsys.readouterr()
-    report = json.loads(out)
+    report, err = reported(capsys, tmp_path / "fake.npz", tmp_path / "real.npz",
+                           "--weights", inception_file)
     pooled, spatial = inception()(torch.from_numpy(real))
     for name, fake, x in ("FID", "features", pooled), ("sFID", "spatial", spatial):
         distance = frechet_of_features(golden[fake].astype(float), x.double().numpy())
@@ -404,10 +414,9 @@ def test_a_reference_without_sfids_statistics_is_mentioned(inception_file, tmp_p
 
 def test_two_ranks_give_what_one_gives(small, tmp_path, capsys):
     np.savez(tmp_path / "a.npz", arr_0=random_images(101), labels=np.arange(101) % 3)
-    command = [str(tmp_path / "a.npz"), str(small / "reference.npz"), "--json"]
-    assert fid.main(command) == 0
-    alone = json.loads(capsys.readouterr().out)
-    first, second = two_ranks(command)
+    command = [str(tmp_path / "a.npz"), str(small / "reference.npz")]
+    alone, _ = reported(capsys, *command)
+    first, second = two_ranks([*command, "--json"])
     together = json.loads(first[1])
     assert second == (0, "", "")
     assert alone.keys() == together.keys()
@@ -457,10 +466,9 @@ def test_help_shows_the_protocol(capsys):
     assert "The protocol" in capsys.readouterr().out
 
 
-def test_missing_weights_say_where_to_get_them(tmp_path, capsys, monkeypatch):
+def test_missing_weights_say_where_to_get_them(few, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    np.savez("a.npz", arr_0=random_images(5))
-    refused(capsys, [fid.WEIGHTS, fid.WEIGHTS_SHA256, "https://"], "a.npz", "a.npz")
+    refused(capsys, [fid.WEIGHTS, fid.WEIGHTS_SHA256, "https://"], few, few)
 
 
 class Code:
@@ -474,17 +482,14 @@ def test_broken_weights_are_refused_and_run_no_code(small, tmp_path, capsys, kin
     path = tmp_path / "bad.pt"
     whole = (small / "features.pt").read_bytes()
     middle = len(whole) // 2
-    contents = {"truncated": whole[:middle], "code": pickle.dumps(Code()), "text": b"no weights",
-                "flipped bit": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]}
+    contents = {"truncated": whole[:middle], "flipped bit": flip_bit(whole, middle),
+                "code": pickle.dumps(Code()), "text": b"no weights"}
     if kind == "folder":
         path.mkdir()
     else:
         path.write_bytes(contents[kind])
-    reference = str(small / "reference.npz")
-    assert fid.main([reference, reference, "--weights", str(path)]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert "bad.pt" in err
+    reference = small / "reference.npz"
+    err = refused(capsys, ["bad.pt"], reference, reference, "--weights", path)
     assert "weights_only" not in err
 
 
@@ -492,28 +497,25 @@ def test_broken_weights_are_refused_and_run_no_code(small, tmp_path, capsys, kin
     ("Mixed_5c.branch_pool.conv.weight", None, "Mixed_5c.branch_pool"),
     ("fc.weight", torch.zeros(1000, 2048), "1008"),
     ("extra.conv.weight", torch.zeros(1, 1, 1, 1), "extra")])
-def test_weights_of_another_network_are_refused(tmp_path, capsys, name, change, why):
+def test_weights_of_another_network_are_refused(few, tmp_path, capsys, name, change, why):
     state = dict(random_inception())
     if change is None:
         del state[name]
     else:
         state[name] = change
     torch.save(state, tmp_path / "other.pth")
-    np.savez(tmp_path / "a.npz", arr_0=random_images(5))
-    a = tmp_path / "a.npz"
-    refused(capsys, ["other.pth", why], a, a, "--weights", tmp_path / "other.pth")
+    refused(capsys, ["other.pth", why], few, few, "--weights", tmp_path / "other.pth")
 
 
 @pytest.mark.parametrize("value, why", [
     (1e38, "features.pt: makes features that are not finite"),
     (np.nan, "body.4.1.weight holds NaN")])
-def test_features_that_are_not_finite_give_no_score(small, tmp_path, capsys, value, why):
+def test_features_that_are_not_finite_give_no_score(small, few, tmp_path, capsys, value, why):
     saved = torch.load(small / "features.pt", weights_only=True)
     saved["model"]["body.4.1.weight"].fill_(value)
     saved["model"]["body.4.1.running_var"].fill_(0)
     torch.save(saved, tmp_path / "features.pt")
-    np.savez(tmp_path / "a.npz", arr_0=random_images(5))
-    refused(capsys, [why], tmp_path / "a.npz", tmp_path / "a.npz")
+    refused(capsys, [why], few, few, "--weights", tmp_path / "features.pt")
 
 
 @pytest.mark.parametrize("change, why", [
@@ -553,7 +555,7 @@ def test_broken_samples_are_named(small, tmp_path, capsys, kind, why):
     whole = path.read_bytes()
     contents = {"text": b"not an archive", "truncated": whole[:2000],
                 "cut": whole.replace(whole[1000:3000], b""),  # the archive's directory is there
-                "flipped bit": whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:]}
+                "flipped bit": flip_bit(whole, 3000)}
     if kind == "missing":
         path.unlink()
     else:
@@ -635,9 +637,8 @@ def test_sigterm_while_writing_ends_with_one_line_and_leaves_nothing(small, tmp_
     assert os.listdir(tmp_path) == []
 
 
-def test_training_wants_labels(tmp_path, capsys):
-    np.savez(tmp_path / "a.npz", arr_0=random_images(5))
-    assert features.main([str(tmp_path / "a.npz")] * 2 + [str(tmp_path)]) == 2
+def test_training_wants_labels(few, tmp_path, capsys):
+    assert features.main([str(few), str(few), str(tmp_path)]) == 2
     assert "labels" in capsys.readouterr().err
     assert not (tmp_path / "features.pt").exists()
     assert features.main(["missing.npz", "missing.npz", str(tmp_path)]) == 2
