@@ -21,8 +21,8 @@ All but KID depend on n, the number of samples. `real_against_real` is the dista
 images of arr_0 get, over ten draws: samples cannot be expected to get a smaller one.
 Only Inception's 2048 features make a FID; those of another network make a FD(its name).
 
-Not checked, for want of the published weights: that real images give ADM's numbers. Its README has
-FID 3.94, sFID 6.14, IS 215.84, P 0.8265, R 0.5309, to compare with the output of
+Not checked, as we do not have the published weights: that real images give ADM's numbers. ADM's
+README has FID 3.94, sFID 6.14, IS 215.84, P 0.8265, R 0.5309, to compare with the output of
     python fid.py admnet_guided_upsampled_imagenet256.npz VIRTUAL_imagenet256_labeled.npz
 """
 
