@@ -31,7 +31,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # now, as DDP's own late import leaves threads that abort the exit
+import torch.distributed.nn  # DDP would import it late, and that leaves threads that abort the exit
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
@@ -42,7 +42,7 @@ from tokenizer import (BadInput, load_file, load_tokenizer, open_codes, read_met
 # -------------------------------------------------------------------------------------------------
 # Configuration: every field is a flag, and --help prints this class
 
-SIZES = {  # the numbers are parameters in millions, with 16,384 codes
+SIZES = {  # beside each, its parameters in millions for a vocabulary of 16,384
     "tiny": dict(n_layer=4, n_head=4, dim=128),
     "B": dict(n_layer=12, n_head=12, dim=768),     # 111
     "L": dict(n_layer=24, n_head=16, dim=1024),    # 343
@@ -54,14 +54,14 @@ SIZES = {  # the numbers are parameters in millions, with 16,384 codes
 
 @dataclass
 class Config:
-    # Defaults follow the paper. The size tiny, which is the default, brings its own (TINY below).
+    # Defaults follow the paper. The size tiny, which is the default, replaces some (TINY below).
     data: str = "data/fashion"   # folder of codes, written by tokenizer.py encode
-    out: str = ""                # folder of the run (out/MODEL); with --sample a .png or .npz
+    out: str = ""                # folder of the run (default: out/MODEL), or file of samples
     init: str = ""               # checkpoint whose weights to start from
     # These decide the result: a run is resumed only with the same values (RECIPE below).
     model: str = "tiny"          # tiny, B, L, XL, XXL or 3B
     patches: tuple = (2, 1)      # patch edge p of each stage; 4,2,1 adds a level
-    lam: float = 0.5             # with 4,2,1 the stages end at lam^2, lam, 1 of the steps
+    lam: float = 0.5             # the last stage begins at lam of the steps, others at lam^2, ..
     epochs: float = 300.0        # passes over the images
     steps: int = 0               # total steps, instead of epochs
     batch: int = 256             # images in a step, over all ranks
@@ -74,28 +74,30 @@ class Config:
     dropout: float = 0.1         # on token embeddings, attention and feed-forward outputs
     class_dropout: float = 0.1   # share of labels replaced by the null label, for guidance
     seed: int = 0                # of weights, batches, dropout and samples
-    # These change it by rounding and dropout masks only, or not at all.
-    micro_batch: int = 0         # images at once on a rank; 0: all of its share, or 100 samples
+    # These change the result by rounding or dropout masks at most.
+    micro_batch: int = 0         # images in one forward; 0: a rank's share, or 100 to sample
     compile: str = "auto"        # true, false, or auto: true for training on a GPU
     dtype: str = "auto"          # float32, bfloat16, or auto: bfloat16 on a GPU
     log_every: int = 100         # steps between lines of log.jsonl
     eval_every: int = 2000       # steps between validation losses
     save_every: int = 2000       # steps between checkpoints
-    # These are about samples. The pictures of training use most of them, too.
+    # These are about samples.
     sample: str = ""             # checkpoint to sample from, instead of training
-    classes: str = ""            # names or numbers with commas, or random; else all (.png: ten)
     n: int = 0                   # number of samples; 0: ten of each class
+    # These are about samples, and about the pictures that training draws.
+    classes: str = ""            # names or numbers with commas (all; in a .png ten), or random
     cfg_scale: float = 2.0       # guidance scale; 1: no guidance
     temperature: float = 1.0     # divides the logits
     top_k: int = 0               # keep the k likeliest codes; 0: all
     top_p: float = 1.0           # keep the likeliest codes up to this probability
-    tokenizer: str = ""          # file that turns codes into images (the one of the data)
-    image_size: int = 0          # pixels a side, where the checkpoint does not tell (256)
+    tokenizer: str = ""          # file that turns codes into images (default: the data's own)
+    image_size: int = 0          # pixels a side, if the checkpoint does not tell (default: 256)
     image_size_eval: int = 0     # resize samples to this many pixels before saving
 
 
-TINY = dict(steps=1200, batch=64, lr=8e-3, dropout=0.0,  # 8e-3 for 256 images is 2e-3 for 64
-            log_every=25, eval_every=200, save_every=200)
+# The rate that is used is 8e-3 * 64 / 256 = 2e-3.
+TINY = dict(steps=1200, batch=64, lr=8e-3, dropout=0.0, log_every=25, eval_every=200,
+            save_every=200)
 
 RECIPE = ("model patches lam steps batch lr lr_min warmup_epochs decay_frac weight_decay "
           "clip dropout class_dropout seed").split()
@@ -331,17 +333,17 @@ def choose(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p < 1:
         probs, order = logits.softmax(-1).sort(descending=True)         # (B, V)
-        before = probs.cumsum(-1) - probs                               # mass of likelier codes
-        unlikely = torch.zeros_like(before > top_p).scatter(-1, order, before > top_p)
+        too_late = probs.cumsum(-1) - probs > top_p                     # likelier ones suffice
+        unlikely = too_late.gather(-1, order.argsort(-1))               # in the order of the codes
         logits = logits.masked_fill(unlikely, -math.inf)
     # float64: rounding must not select a code of probability 0
     cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)            # (B, V)
     codes = torch.searchsorted(cdf, u.double() * cdf[:, -1:], right=True)
-    return codes.clamp(max=logits.shape[-1] - 1)                        # NaN would give V
+    return codes.clamp(max=logits.shape[-1] - 1)    # V after NaN logits, which generate() refuses
 
 
 class Decoder:
-    """The model at one position after the other: decoder(x, i), x (B, 1, D) -> logits (B, V)"""
+    """Runs a model one position at a time: decoder(x, i), x (B, 1, D) -> logits (B, V)"""
 
     def __init__(self, model, batch, p=1, compile=False):
         h = model.grid // p
@@ -364,7 +366,9 @@ class Decoder:
 
     def __call__(self, x, i):
         length = i + 1
-        if self.compiled:  # a graph has fixed shapes: there is one for each quarter of the cache
+        if self.compiled:
+            # A graph has fixed shapes. One for all lengths would always attend to the whole cache,
+            # and one for each would be too many. So there are four.
             quarter = math.ceil(len(self.positions) / 4)
             length = min((i // quarter + 1) * quarter, len(self.positions))
         mask = (self.positions[:length] <= i)[None]                     # (1, length)
@@ -385,7 +389,7 @@ def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, 
     model.eval()
     if noise is None:
         noise = torch.rand(len(labels), model.grid**2, device=labels.device)
-    noise = patch_targets(noise, p)                                     # (B, N/K, K)
+    noise = patch_targets(noise, p)         # grouped as the codes are    (B, N/K, K)
     guided = cfg_scale != 1
     if guided:  # one batch of both: with the class, and with the null label
         labels = torch.cat([labels, torch.full_like(labels, model.classes)])
@@ -403,7 +407,7 @@ def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, 
         finite &= logits.isfinite().all()                               # looked at after the loop
         new = choose(logits, noise[:, i], temperature, top_k, top_p)    # (B, K)
         codes.append(new)
-        x = patchify(model.tok_embeddings(new), p)                      # (B, 1, D)
+        x = patchify(model.tok_embeddings(new), p)  # the next input      (B, 1, D)
         if guided:
             x = torch.cat([x, x])
     model.train(was_training)
@@ -420,7 +424,9 @@ def noise_of(seed, images, length):
 
 # -------------------------------------------------------------------------------------------------
 # 5. Data: batches that are a pure function of (seed, step)
-# (a seed's second number: 0 order, 1 views and labels, 2 dropout, 3 noise, 4 random classes)
+#
+# Random numbers come from default_rng((seed, purpose, ..)). The purposes are 0 the order of images,
+# 1 views and dropped labels, 2 dropout, 3 the noise of samples, 4 random classes of samples.
 
 
 class Codes:
@@ -441,14 +447,16 @@ class Codes:
         if os.path.exists(os.path.join(folder, "codes_val.npy")):
             self.val = open_codes(folder, self.meta, "_val")
 
-    def read(self, split, image, view=0):
-        """Codes and labels of some images of a split -> int64 tensors (b, N), (b,)"""
-        codes, labels = split
-        found = codes[image, view]
-        worst = found.max(axis=1).argmax()
-        require(found.max() < self.meta["vocab"], f"{codes.filename}: image {image[worst]} has "
-                f"code {found.max()}, expected 0 to {self.meta['vocab'] - 1}")
-        return torch.from_numpy(found).long(), torch.from_numpy(labels[image]).long()
+    def read(self, split, index, view=0):
+        """Codes and labels of the images (b,) of a split -> int64 tensors (b, N), (b,)"""
+        all_codes, all_labels = split
+        codes = all_codes[index, view]
+        largest = codes.max(axis=1)
+        worst = largest.argmax()
+        require(largest[worst] < self.meta["vocab"],
+                f"{all_codes.filename}: image {index[worst]} has code {largest[worst]}, expected "
+                f"0 to {self.meta['vocab'] - 1}")
+        return torch.from_numpy(codes).long(), torch.from_numpy(all_labels[index]).long()
 
 
 def batch_at(data, step, cfg, rows=slice(None)):
@@ -460,11 +468,11 @@ def batch_at(data, step, cfg, rows=slice(None)):
     images = len(data.codes)
     position = np.arange(step * cfg.batch, (step + 1) * cfg.batch)      # over all epochs
     epoch, offset = np.divmod(position, images)
-    image = np.array([epoch_order(images, cfg.seed, e)[i] for e, i in zip(epoch, offset)])
+    index = np.array([epoch_order(images, cfg.seed, e)[i] for e, i in zip(epoch, offset)])
     rng = np.random.default_rng((cfg.seed, 1, step))
     view = rng.integers(data.codes.shape[1], size=cfg.batch)
     drop = rng.random(cfg.batch) < cfg.class_dropout
-    codes, labels = data.read((data.codes, data.labels), image[rows], view[rows])
+    codes, labels = data.read((data.codes, data.labels), index[rows], view[rows])
     labels[torch.from_numpy(drop[rows])] = len(data.meta["classes"])    # the null label
     return codes, labels
 
@@ -503,7 +511,7 @@ def mean_over_ranks(tensor):
 
 def fetch(data, step, cfg, rows, device):
     codes, labels = batch_at(data, step, cfg, rows)
-    if device.type == "cuda":  # from pinned memory a copy to the GPU makes nobody wait
+    if device.type == "cuda":  # a copy from pinned memory runs in the background
         codes, labels = codes.pin_memory(), labels.pin_memory()
     return codes.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
@@ -513,7 +521,7 @@ def build(cfg, meta, device):
     torch.manual_seed(cfg.seed)
     model = Transformer(**SIZES[cfg.model], vocab=meta["vocab"], classes=len(meta["classes"]),
                         grid=meta["grid"], dropout=cfg.dropout)
-    if cfg.init and not os.path.exists(f"{cfg.out}/ckpt.pt"):           # else see resume()
+    if cfg.init and not os.path.exists(f"{cfg.out}/ckpt.pt"):  # a resumed run has its own weights
         start_from(model, cfg.init)
     model.to(device)
     matrices = [w for w in model.parameters() if w.dim() >= 2]          # embeddings too
@@ -524,7 +532,7 @@ def build(cfg, meta, device):
 
 
 class Loss(nn.Module):
-    """The loss as a forward, as DistributedDataParallel knows no other method"""
+    """DistributedDataParallel wraps only a forward(), so the loss has to be one"""
 
     def __init__(self, model):
         super().__init__()
@@ -537,10 +545,9 @@ class Loss(nn.Module):
 def train(cfg):
     """Train, or go on training, the run in cfg.out -> exit code
 
-    A resumed run is bit-exact on one CPU with the same micro_batch and dtype, for five reasons. The
+    A resumed run is bit-exact on one CPU with the same micro_batch and dtype, for four reasons. The
     checkpoint holds the weights and the optimizer's moments. Patch edge and learning rate follow
-    from the step. So does the batch, with its views and dropped labels. So does the seed of
-    dropout. And every checkpoint ends a line of the log, so no losses wait for the next line.
+    from the step. So does the batch, with its views and dropped labels. So does the dropout seed.
     """
     rank, world_size, device = setup()
     data = Codes(cfg.data)
@@ -553,8 +560,9 @@ def train(cfg):
     loss_of = Loss(model)
     if world_size > 1:  # every p uses every parameter, so DDP never waits for a missing gradient
         loss_of = nn.parallel.DistributedDataParallel(loss_of)
-    if cfg.compile == "true":  # DDP too: then ranks exchange gradients during the backward pass
+    if cfg.compile == "true":  # around DDP, which then exchanges gradients during the backward
         loss_of = torch.compile(loss_of, dynamic=False)                 # one graph for each p
+    peak_lr = cfg.lr * cfg.batch / 256
     warmup = cfg.warmup_epochs * len(data.codes) / cfg.batch            # in steps
     share = cfg.batch // world_size                                     # images of this rank
     rows = slice(rank * share, (rank + 1) * share)
@@ -562,34 +570,33 @@ def train(cfg):
     pieces = share // micro_batch
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
-    batch = fetch(data, first, cfg, rows, device)
     for step in range(first, cfg.steps):
-        p, _, _ = stage(step, cfg.steps, cfg.patches, cfg.lam)
-        lr = lr_at(step, cfg.steps, cfg.patches, cfg.lam, cfg.lr * cfg.batch / 256, cfg.lr_min,
-                   warmup, cfg.decay_frac)
+        p, _, end = stage(step, cfg.steps, cfg.patches, cfg.lam)
+        lr = lr_at(step, cfg.steps, cfg.patches, cfg.lam, peak_lr, cfg.lr_min, warmup,
+                   cfg.decay_frac)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        codes, labels = fetch(data, step, cfg, rows, device)    # a GPU is still at the last step
         dropout_seed = np.random.default_rng((cfg.seed, 2, step, rank)).integers(2**62)
         torch.manual_seed(dropout_seed)
 
         # gradients add up over micro-batches, and after the last one DDP averages over ranks
         total = torch.zeros((), device=device)
-        codes, labels = batch
         for i, piece in enumerate(zip(codes.split(micro_batch), labels.split(micro_batch))):
-            exchange = nullcontext()
+            sync = nullcontext()
             if world_size > 1 and i < pieces - 1:
-                exchange = loss_of.no_sync()                            # read in the forward
-            with exchange, autocast:
+                sync = loss_of.no_sync()        # DDP asks for it in the forward
+            with sync, autocast:
                 loss = loss_of(*piece, p) / pieces
             loss.backward()
             total += loss.detach()                                      # .item() would wait
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         optimizer.step()
         optimizer.zero_grad()
-        batch = fetch(data, step + 1, cfg, rows, device)                # while the GPU is busy
 
-        if watcher.after_step(step, p, lr, total, norm):
-            return 130
+        stopped = watcher.after_step(step + 1, p, end, lr, total, norm)
+        if stopped:
+            return 130                                                  # as a signal asked for it
     watcher.finish()
     return 0
 
@@ -614,7 +621,8 @@ class Watcher:
         self.tokenizer = None
         if data.meta["tokenizer"]:
             self.tokenizer = load_tokenizer(data.meta["tokenizer"], self.device, data.meta)
-        self.classes = class_numbers(cfg.classes, data.meta["classes"], most=10)
+        wanted = cfg.classes if cfg.classes != "random" else ""
+        self.classes = class_numbers(wanted, data.meta["classes"], most=10)
         if rank == 0:
             self.lock = lock_folder(cfg.out)
         mean_over_ranks(torch.zeros(1))                 # a barrier: the folder is ours
@@ -638,14 +646,13 @@ class Watcher:
     def path(self, name):
         return os.path.join(self.cfg.out, name)
 
-    def after_step(self, step, p, lr, loss, norm):
-        """-> whether training has to stop here"""
+    def after_step(self, done, p, end, lr, loss, norm):
+        """After `done` steps, in a stage that ends at `end` -> whether to stop here"""
         cfg = self.cfg
-        done = step + 1
-        _, _, end = stage(step, cfg.steps, cfg.patches, cfg.lam)
         self.losses.append(loss)
         stop = interrupt.time is not None and done < cfg.steps
-        if dist.is_initialized():                       # ranks ask each other at every tenth step
+        if dist.is_initialized():
+            # Any rank may have got the signal. They ask each other seldom, as that takes time.
             stop = done % 10 == 0 and mean_over_ranks(torch.tensor(float(stop))) > 0
         save = stop or done == end or done % cfg.save_every == 0
         evaluate = done == end or done % cfg.eval_every == 0
@@ -654,7 +661,7 @@ class Watcher:
 
         loss = mean_over_ranks(torch.stack(self.losses).mean()).item()
         require(math.isfinite(loss) and math.isfinite(norm), f"the loss is {loss} at step {done}, "
-                f"the gradient norm {norm:g}: try a lower --lr; the last checkpoint is from before")
+                f"the gradient norm {norm:g}: try a lower --lr; the last checkpoint is older")
         speed = len(self.losses) * cfg.batch / (time.time() - self.window_start)
         record = {"step": done, "p": p, "loss": loss, "lr": lr, "img_s": round(speed, 1)}
         if evaluate and self.data.val:
@@ -666,6 +673,7 @@ class Watcher:
                 self.save_samples(p)
             if save:
                 self.save("ckpt.pt", done)              # last, as resume trusts this file alone
+        # Every checkpoint ends a line of the log, so no losses wait for the next line.
         self.losses = []
         self.window_start = time.time()
         if stop:
@@ -704,7 +712,7 @@ class Watcher:
                 save_images(self.path("samples.png"), images, labels.numpy())
 
     def save(self, name, step):
-        """meta: vocab, grid, image_size, classes, tokenizer, tokenizer_sha256, images, made_by"""
+        """A checkpoint: what the data are (data.meta), the step, flags, weights and optimizer"""
         state = dict(self.data.meta, step=step, config=asdict(self.cfg),
                      model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
         replace_file(self.path(name), lambda f: torch.save(state, f))
@@ -740,7 +748,7 @@ def resume(path, cfg, meta, model, optimizer):
         return 0
     saved = load_file(path)
     try:
-        config = dict(asdict(Config()), **saved["config"])  # what an old run lacks has its default
+        config = dict(asdict(Config()), **saved["config"])  # a flag newer than it has its default
         pairs = [(name, config[name], getattr(cfg, name)) for name in RECIPE]
         for name in ("vocab", "grid", "images", "classes", "tokenizer_sha256"):
             pairs.append((name, saved[name], meta[name]))
@@ -809,7 +817,7 @@ def cut_log(path, step):
         for line in open(path, "rb"):
             with suppress(ValueError, TypeError, LookupError):
                 if json.loads(line)["step"] <= step:
-                    kept.append(line)
+                    kept.append(line.strip() + b"\n")
     replace_file(path, lambda f: f.writelines(kept))
 
 
@@ -825,7 +833,7 @@ def load_model(path, n_head=None, grid=None):
     """
     saved = load_file(path)
     try:
-        state = saved
+        state = saved  # the weights are the file itself, or under one of these names
         for key in ("model", "module", "state_dict"):
             state = saved.get(key, state)
         vocab, dim = state["tok_embeddings.weight"].shape
@@ -857,7 +865,7 @@ def load_model(path, n_head=None, grid=None):
 
 
 def start_from(model, path):
-    """Copy the weights of another model; a class table of another size starts afresh"""
+    """Copy the weights of another model; its class table only if there are as many classes"""
     weights = load_model(path).state_dict()
     table = "cls_embedding.embedding_table.weight"
     if len(weights[table]) != model.classes + 1:
@@ -889,7 +897,7 @@ def draw(model, tokenizer, labels, cfg, p=1, rank=0, world_size=1):
     """
     device = model.output.weight.device
     n = len(labels)
-    chunk = min(n, cfg.micro_batch or 100)
+    chunk = min(math.ceil(n / world_size), cfg.micro_batch or 100)
     sequences = chunk if cfg.cfg_scale == 1 else 2 * chunk
     decoder = Decoder(model, sequences, p, compile=bool(cfg.sample) and cfg.compile == "true")
     start = time.time()
@@ -927,6 +935,7 @@ def sample(cfg):
     names = model.meta["classes"]
     path = cfg.tokenizer or model.meta["tokenizer"]
     require(path, f"{cfg.sample}: does not name its tokenizer, expected --tokenizer")
+    require(os.path.exists(path), f"{path}: not found, expected --tokenizer with its place")
     tokenizer = load_tokenizer(path, device, model.meta)
     if model.meta["grid"] is None:
         model.grid = (cfg.image_size or 256) // tokenizer.factor
@@ -956,7 +965,9 @@ def sample(cfg):
 
 
 class Interrupt:
-    """Handles signals: training saves first; elsewhere, and the second time, the program ends"""
+    """The handler of signals. While training the first one only asks to save and end. A second one,
+    and any elsewhere, ends the program at once.
+    """
 
     saves_first = False
     time = None                                         # of the first signal while training
@@ -986,7 +997,7 @@ def progress(text, seconds_left):
     minutes, seconds = divmod(round(seconds_left), 60)
     line = f"{text}  {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
     if sys.stdout.isatty():
-        say(f"\r{line:<99}", end="")
+        say(f"\r\x1b[K{line}", end="")                   # erases the line before
     else:
         say(line)
 
@@ -1051,7 +1062,7 @@ def main(argv=None):
         print("npp.py: stopped", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        if "Connection closed by peer" not in str(error):
+        if "by peer" not in str(error):  # a connection is closed or reset by it
             raise
         print("npp.py: another rank has ended, and so does this one", file=sys.stderr)
         return 2
