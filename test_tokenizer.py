@@ -12,6 +12,7 @@ import sys
 import time
 import tracemalloc
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,21 +62,21 @@ def image_file(path, n=40, seed=0, size=16, classes=3):
     return str(path)
 
 
+def random_tokenizer(path, seed):
+    torch.manual_seed(seed)
+    tokenizer.save_tokenizer(str(path), tokenizer.VQModel(**SMALL))
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def small_tokenizer(tmp_path_factory):
     """A file of a random VQModel that tells images apart: 32 codes, 4 pixels each"""
-    torch.manual_seed(0)
-    path = str(tmp_path_factory.mktemp("tokenizer") / "small.pt")
-    tokenizer.save_tokenizer(path, tokenizer.VQModel(**SMALL))
-    return path
+    return random_tokenizer(tmp_path_factory.mktemp("tokenizer") / "small.pt", seed=0)
 
 
 @pytest.fixture
 def other_tokenizer(tmp_path):
-    torch.manual_seed(1)
-    path = str(tmp_path / "other.pt")
-    tokenizer.save_tokenizer(path, tokenizer.VQModel(**SMALL))
-    return path
+    return random_tokenizer(tmp_path / "other.pt", seed=1)
 
 
 def encoding(images, out, path, **values):
@@ -83,15 +84,14 @@ def encoding(images, out, path, **values):
             *flags(**{"tokenizer": path, "image_size": 16, **values})]
 
 
+def encode(*arguments, code=0, **values):
+    assert tokenizer.main(encoding(*arguments, **values)) == code
+
+
 def files(folder):
     """name -> bytes of every file below a folder"""
-    found = {}
-    for where, _, names in os.walk(folder):
-        for name in names:
-            path = os.path.join(where, name)
-            with open(path, "rb") as f:
-                found[os.path.relpath(path, folder)] = f.read()
-    return found
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def program(arguments, hangup=signal.SIG_DFL, **env):
@@ -127,6 +127,12 @@ def refuses(capsys, arguments, *words, main=tokenizer.main):
     assert message.count("\n") == 1, message
     for word in words:
         assert word in message, message
+
+
+def psnr(images, again, margin=0):
+    inside = slice(margin, images.shape[1] - margin)
+    difference = images[:, inside, inside].astype(float) - again[:, inside, inside]
+    return 10 * np.log10(255**2 / np.square(difference).mean())
 
 
 @contextmanager
@@ -179,21 +185,17 @@ class Evil:
 def test_files_that_are_no_checkpoint_are_named_and_run_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": torch.arange(1000.0)}, "good.pt")
-    with open("good.pt", "rb") as f:
-        good = f.read()
+    good = Path("good.pt").read_bytes()
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1
-    torch.save({"model": Evil()}, "evil.pt")
-    with open("evil.pt", "rb") as f:
-        evil = f.read()
-    bad = {"flipped": bytes(flipped), "half": good[: len(good) // 2], "empty": b"", "evil": evil,
+    torch.save({"model": Evil()}, "evil")
+    bad = {"flipped": bytes(flipped), "half": good[: len(good) // 2], "empty": b"",
            "pickle": pickle.dumps({"model": Evil()}, protocol=2), "text": b"no checkpoint",
            "zip": b"PK\x05\x06" + bytes(18)}
     for name, content in bad.items():
-        with open(name, "wb") as f:
-            f.write(content)
+        Path(name).write_bytes(content)
     os.mkdir("folder")
-    for name in [*bad, "folder", "missing"]:
+    for name in [*bad, "evil", "folder", "missing"]:
         with pytest.raises(BadInput) as error:
             tokenizer.load_file(name)
         message = str(error.value)
@@ -269,9 +271,7 @@ def test_embedded_images_survive_their_codes():
     again = model.encode(from_uint8(images)).flatten(1).numpy()
     assert (again == codes[::20]).mean() > 0.999  # rounding may differ between machines
     shown = to_uint8(model.decode(torch.from_numpy(codes[::20]).long().view(-1, 8, 8)))
-    inside = np.s_[:, 2:30, 2:30]  # the 28 x 28 original pixels
-    error = np.square(images[inside].astype(float) - shown[inside]).mean()
-    assert 10 * np.log10(255**2 / error) > 24.5
+    assert psnr(images, shown, margin=2) > 24.5  # of the 28 x 28 original pixels
     assert np.array_equal(labels, np.load(os.path.join(FASHION, "labels_val.npy")))
     assert len(np.unique(np.load(os.path.join(FASHION, "codes.npy")))) == 256
 
@@ -315,13 +315,12 @@ def test_images_of_every_kind_give_the_expected_pixels(tmp_path, kind):
     alpha = np.where(np.arange(16) < 8, 255, 0).astype(np.uint8)[None].repeat(16, 0)
     on_white = np.where(alpha[..., None] > 0, colour, 255)
     as_rgb = np.stack([gray] * 3, -1)
+    jpeg = dict(format="JPEG", quality=100, subsampling=0)
     picture, expected, options, tolerance = {
-        "jpeg": (Image.fromarray(colour), colour,
-                 dict(format="JPEG", quality=100, subsampling=0), 5),
+        "jpeg": (Image.fromarray(colour), colour, jpeg, 5),
         "webp": (Image.fromarray(colour), colour, dict(format="WEBP", lossless=True), 0),
         "gray": (Image.fromarray(gray), as_rgb, {}, 0),
-        "cmyk": (Image.fromarray(colour).convert("CMYK"), colour,
-                 dict(format="JPEG", quality=100, subsampling=0), 5),
+        "cmyk": (Image.fromarray(colour).convert("CMYK"), colour, jpeg, 5),
         "palette": (Image.fromarray(gray).convert("P"), as_rgb, {}, 0),
         "16-bit": (Image.fromarray(gray.astype(np.uint16) * 257), as_rgb, {}, 0),
         "16-bit I": (Image.fromarray(gray.astype(np.int32) * 257), as_rgb, dict(format="TIFF"), 0),
@@ -464,12 +463,11 @@ def test_ten_crops_are_those_of_torchvision(size, scale):
     (whole,) = from_uint8(np.stack([tokenizer.center_crop(
         Image.fromarray(image), int(size * scale))]))
     side = whole.shape[-1]
+    end = side - size
+    middle = int(round(end / 2))
     expected = []
-    for flipped in (False, True):
-        x = whole.flip(-1) if flipped else whole
-        middle = int(round((side - size) / 2))
-        for top, left in ((0, 0), (0, side - size), (side - size, 0), (side - size, side - size),
-                          (middle, middle)):
+    for x in (whole, whole.flip(-1)):
+        for top, left in ((0, 0), (0, end), (end, 0), (end, end), (middle, middle)):
             expected.append(x[:, top : top + size, left : left + size])
     for view, right in zip(tokenizer.crops(whole[None], size, "ten_crop"), expected, strict=True):
         assert torch.equal(view[0], right)
@@ -480,8 +478,7 @@ def test_views_of_two_scales_are_encoded_one_after_the_other(tmp_path, small_tok
     images = random_images(3, seed=3, size=64)
     np.savez(tmp_path / "x.npz", arr_0=images, labels=np.arange(3))
     out = tmp_path / "data"
-    assert tokenizer.main(encoding(tmp_path / "x.npz", out, small_tokenizer, views="ten_crop",
-                                   scales="1.5,1.25")) == 0
+    encode(tmp_path / "x.npz", out, small_tokenizer, views="ten_crop", scales="1.5,1.25")
     codes, model = np.load(out / "codes.npy"), tokenizer.load_tokenizer(small_tokenizer)
     assert codes.shape == (3, 20, 16)
     for i, scale in enumerate((1.5, 1.25)):
@@ -490,22 +487,21 @@ def test_views_of_two_scales_are_encoded_one_after_the_other(tmp_path, small_tok
         for j, view in enumerate(tokenizer.crops(from_uint8(base), 16, "ten_crop")):
             assert np.array_equal(model.encode(view).flatten(1), codes[:, 10 * i + j])
     assert len(np.unique(codes[0], axis=0)) > 10  # the views do differ
-    assert tokenizer.main(encoding(tmp_path / "x.npz", out, small_tokenizer, split="val")) == 0
+    encode(tmp_path / "x.npz", out, small_tokenizer, split="val")
     assert npp.Codes(str(out)).val[0].shape[0] == 3
 
 
 def test_an_unreadable_image_is_named_and_the_rest_encoded(tmp_path, small_tokenizer, capsys):
     images = class_folder(tmp_path / "images", random_images(6))
     data = tmp_path / "data"
-    with open(tmp_path / "images" / "a" / "001.png", "wb") as f:
-        f.write(b"no picture")
-    assert tokenizer.main(encoding(images, data, small_tokenizer)) == 2
+    (tmp_path / "images" / "a" / "001.png").write_text("no picture")
+    encode(images, data, small_tokenizer, code=2)
     message = capsys.readouterr().err
     assert message.count("unreadable image") == 1 and "001.png" in message
     assert np.load(data / "labels.npy").tolist() == [0, 0, 1, 1, 1]
     assert len(np.load(data / "codes.npy")) == 5
     Image.fromarray(random_images(1)[0]).save(tmp_path / "images" / "a" / "001.png")
-    assert tokenizer.main(encoding(images, data, small_tokenizer)) == 0  # it is tried again
+    encode(images, data, small_tokenizer)  # it is tried again
     assert len(np.load(data / "codes.npy")) == 6
 
 
@@ -516,7 +512,7 @@ def test_a_rank_that_loses_the_other_ends_and_two_go_on_to_the_same_files(tmp_pa
     for name in ("a/007.png", "b/350.png"):
         (tmp_path / "images" / name).write_text("no picture")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert tokenizer.main(encoding(images, whole, small_tokenizer)) == 2
+    encode(images, whole, small_tokenizer, code=2)
     ranks = two_ranks(encoding(images, killed, small_tokenizer))
     wait_for((killed / "codes.part" / "000000064.npz").exists, ranks[1])
     ranks[1].kill()
@@ -554,7 +550,7 @@ def run(command, out, kill_at):  # in a child, which dies at the n-th change of 
                 os.kill(os.getpid(), signal.SIGKILL)
             return change(*arguments, **named)
         return changed
-    for name in ("replace", "remove"):
+    for name in ("replace", "remove", "unlink", "rmdir"):
         setattr(os, name, deadly(getattr(os, name)))
     os._exit(tokenizer.main([x.replace("OUT", out) for x in command]))
 
@@ -592,13 +588,13 @@ def test_no_kill_leaves_a_mix_of_two_encodings(tmp_path, small_tokenizer, other_
     before, after = tmp_path / "before", tmp_path / "after"
     if split == "train":  # other codes, so that the old val split must go
         for part in ("train", "val"):
-            assert tokenizer.main(encoding(old, before, other_tokenizer, split=part)) == 0
-        assert tokenizer.main(encoding(new, after, small_tokenizer)) == 0
+            encode(old, before, other_tokenizer, split=part)
+        encode(new, after, small_tokenizer)
     else:
         for folder in (before, after):
-            assert tokenizer.main(encoding(old, folder, small_tokenizer)) == 0
-        assert tokenizer.main(encoding(old, before, small_tokenizer, split="val")) == 0
-        assert tokenizer.main(encoding(new, after, small_tokenizer, split="val")) == 0
+            encode(old, folder, small_tokenizer)
+        encode(old, before, small_tokenizer, split="val")
+        encode(new, after, small_tokenizer, split="val")
     command = encoding(new, "OUT", small_tokenizer, split=split)
     done = subprocess.run([sys.executable, "-c", KILLER, before, after, tmp_path / "out", *command],
                           cwd=HERE, capture_output=True, text=True, env=ONE_THREAD)
@@ -611,7 +607,7 @@ def test_a_full_disk_leaves_the_old_data_set_and_what_is_encoded(tmp_path, small
     images = image_file(tmp_path / "x.npz", n=80)
     out = tmp_path / "data"
     for split in ("train", "val"):
-        assert tokenizer.main(encoding(images, out, small_tokenizer, split=split)) == 0
+        encode(images, out, small_tokenizer, split=split)
     before = files(out)
     with full_disk(os.path.getsize(other_tokenizer) // 2):  # the codes fit, the tokenizer does not
         refuses(capsys, encoding(images, out, other_tokenizer), "tokenizer.pt: cannot be written")
@@ -619,7 +615,7 @@ def test_a_full_disk_leaves_the_old_data_set_and_what_is_encoded(tmp_path, small
     assert {k: after.pop(k) for k in before} == before
     assert set(after) == {f"codes.part/{x}" for x in ("plan.json", "000000000.npz",
                                                       "000000064.npz")}
-    assert tokenizer.main(encoding(images, out, other_tokenizer)) == 0
+    encode(images, out, other_tokenizer)
     assert set(files(out)) == {"codes.npy", "labels.npy", "meta.json", "tokenizer.pt"}
 
 
@@ -639,13 +635,13 @@ def test_a_val_split_of_other_classes_is_refused(tmp_path, small_tokenizer, caps
     images = class_folder(tmp_path / "images", random_images(6))
     other = class_folder(tmp_path / "other", random_images(6), names="xyz")
     refuses(capsys, encoding(images, out, small_tokenizer, split="val"), "meta.json")
-    assert tokenizer.main(encoding(images, out, small_tokenizer)) == 0
+    encode(images, out, small_tokenizer)
     before = files(out)
     for wrong in (other, image_file(tmp_path / "three.npz", classes=3)):
         refuses(capsys, encoding(wrong, out, small_tokenizer, split="val"), "classes is")
         assert files(out) == before
     unnamed = image_file(tmp_path / "two.npz", classes=2)
-    assert tokenizer.main(encoding(unnamed, out, small_tokenizer, split="val")) == 0
+    encode(unnamed, out, small_tokenizer, split="val")
 
 
 def test_memory_does_not_grow_with_the_codes_of_an_encoding(tmp_path):
@@ -694,7 +690,7 @@ def test_show_wants_a_data_set_and_its_tokenizer(tmp_path, small_tokenizer, caps
     out, picture = tmp_path / "data", tmp_path / "x.png"
     refuses(capsys, ["show", tmp_path, picture], "meta.json: expected what")
     images = image_file(tmp_path / "x.npz")
-    assert tokenizer.main(encoding(images, out, small_tokenizer)) == 0
+    encode(images, out, small_tokenizer)
     refuses(capsys, ["show", out, picture, "--split", "val"], "codes_val.npy")
     meta = json.loads((out / "meta.json").read_text())
     (out / "meta.json").write_text(json.dumps({**meta, "tokenizer": None}))
@@ -720,13 +716,10 @@ def test_reconstructions_become_an_npz_for_fid(tmp_path, small_tokenizer, capsys
     model = tokenizer.load_tokenizer(small_tokenizer)
     expected = to_uint8(model.decode(model.encode(from_uint8(images[32:]))))
     assert np.array_equal(again[32:40], expected) and labels.tolist() == list(range(40))
-    error = np.square(images.astype(float) - again[:40]).mean()
-    assert f"PSNR {10 * np.log10(255**2 / error):.2f} dB" in capsys.readouterr().out
+    assert f"PSNR {psnr(images, again):.2f} dB" in capsys.readouterr().out
     command[2] = str(tmp_path / "again.png")
     assert tokenizer.main([*command, "--margin", "2"]) == 0
-    inside = np.s_[:, 2:22, 2:22]
-    error = np.square(images[inside].astype(float) - again[inside]).mean()
-    assert f"PSNR {10 * np.log10(255**2 / error):.2f} dB" in capsys.readouterr().out
+    assert f"PSNR {psnr(images, again, margin=2):.2f} dB" in capsys.readouterr().out
     sheet = np.asarray(Image.open(command[2]))[::2, ::2]
     assert sheet.shape == (4 * 25 - 1, 10 * 25 - 1, 3)
     assert np.array_equal(sheet[:24, 25:49], images[1])
@@ -778,9 +771,8 @@ def test_bad_arguments_of_the_tokenizer_are_named(tmp_path, capsys, monkeypatch,
     monkeypatch.chdir(tmp_path)
     class_folder(tmp_path / "images", random_images(6))
     os.mkdir("empty")
-    with open("broken.npz", "wb") as f:
-        f.write(b"PK")
-    tokenizer.save_tokenizer("t.pt", tokenizer.VQModel(**SMALL))
+    Path("broken.npz").write_bytes(b"PK")
+    random_tokenizer("t.pt", seed=0)
     refuses(capsys, command.split(), *words.split(", "))
     assert not os.path.exists("x")
 
@@ -816,7 +808,7 @@ def test_a_line_stays_one_line_whatever_a_file_is_called(tmp_path, small_tokeniz
 def test_images_of_which_none_is_readable_leave_nothing(tmp_path, small_tokenizer, capsys):
     (tmp_path / "images" / "a").mkdir(parents=True)
     (tmp_path / "images" / "a" / "x.png").write_text("no picture")
-    assert tokenizer.main(encoding(tmp_path / "images", tmp_path / "x", small_tokenizer)) == 2
+    encode(tmp_path / "images", tmp_path / "x", small_tokenizer, code=2)
     assert "not one readable image" in capsys.readouterr().err
     assert not os.listdir(tmp_path / "x")
 
@@ -858,18 +850,16 @@ def test_pack_adopts_the_codes_of_llamagen(tmp_path, small_tokenizer):
     data = npp.Codes(out)
     assert np.array_equal(data.codes, np.concatenate([first, second], axis=1))
     assert data.labels.tolist() == [i % 3 for i in range(11)] and data.codes.dtype == np.uint16
-    with open(os.path.join(out, "meta.json")) as f:
-        assert json.load(f) == {
-            "vocab": 16384, "grid": 4, "image_size": 64, "classes": ["0", "1", "2"],
-            "tokenizer": None, "tokenizer_sha256": None, "made_by": "data/imagenet/pack.py"}
+    assert json.loads(Path(out, "meta.json").read_text()) == {
+        "vocab": 16384, "grid": 4, "image_size": 64, "classes": ["0", "1", "2"],
+        "tokenizer": None, "tokenizer_sha256": None, "made_by": "data/imagenet/pack.py"}
     codes = llamagen_codes(tmp_path / "small", vocab=32, grid=4, views=2, size=16)
     out = str(tmp_path / "named")
     assert pack.main([str(tmp_path / "small"), out, *flags(tokenizer=small_tokenizer)]) == 0
     assert np.array_equal(np.load(os.path.join(out, "codes.npy")), codes)
     images = class_folder(tmp_path / "images", random_images(6), names="xyz")
-    assert tokenizer.main(encoding(images, out, small_tokenizer, split="val")) == 0
-    with open(os.path.join(out, "meta.json")) as f:
-        assert json.load(f)["classes"] == ["0", "1", "2"]
+    encode(images, out, small_tokenizer, split="val")
+    assert json.loads(Path(out, "meta.json").read_text())["classes"] == ["0", "1", "2"]
     assert npp.Codes(out).val
 
 

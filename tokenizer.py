@@ -29,7 +29,6 @@ import signal
 import sys
 import time
 import zipfile
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
@@ -51,16 +50,12 @@ class BadInput(Exception):
 
 
 def require(condition, message):
-    """Refuse what the user gave: main() prints the message as one line and returns 2"""
     if not condition:
         raise BadInput(message)
 
 
 def load_file(path):
-    """torch.load to the CPU of tensors and plain values: a pickle with code in it is refused
-
-    Raises BadInput for whatever else the file may be, a damaged one included.
-    """
+    """-> the tensors and plain values of a .pt file, on the CPU. Raises BadInput for any other."""
     try:
         is_zip = zipfile.is_zipfile(path)
         if is_zip:  # torch.load does not notice a flipped bit
@@ -72,8 +67,7 @@ def load_file(path):
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
     except Exception:  # torch raises many kinds, and some advise to run the code in the file
-        raise BadInput(f"{path}: damaged, or more than the tensors and plain values of a "
-                       "checkpoint") from None
+        raise BadInput(f"{path}: damaged, or more than tensors and plain values") from None
 
 
 def replace_file(path, write):
@@ -94,13 +88,9 @@ def replace_file(path, write):
             os.remove(part)
         # torch.save answers an OSError, such as that of a full disk, by a RuntimeError.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError) and not isinstance(cause, BrokenPipeError):
+        if isinstance(cause, OSError):
             raise BadInput(f"{path}: cannot be written ({cause.strerror})") from None
         raise
-
-
-def write_json(file, value):
-    file.write(json.dumps(value, indent=1).encode())
 
 
 def load_json(path):
@@ -112,18 +102,18 @@ def load_json(path):
         raise BadInput(f"{path}: expected what tokenizer.py encode writes ({error!r})") from None
 
 
+def write_json(file, value):
+    file.write(json.dumps(value, indent=1).encode())
+
+
 def write_array(file, chunks, n):
     """Stream arrays (b, ..), together n rows, into one .npy"""
-    written = 0
-    for chunk in chunks:
-        if written == 0:
+    for i, chunk in enumerate(chunks):
+        if i == 0:
             shape = (n, *chunk.shape[1:])
             header = {"descr": chunk.dtype.str, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
         file.write(chunk.tobytes())
-        written += len(chunk)
-    if written != n:
-        raise ValueError(f"{written} rows, expected {n}")
 
 
 def sha256(path):
@@ -192,58 +182,65 @@ class AttnBlock(nn.Module):
 class Level(nn.Module):
     """Residual blocks at one resolution, attention behind each if asked, then maybe a resampling"""
 
-    def __init__(self, c_in, c_out, blocks, attention, resample):
+    def __init__(self, c_in, c_out, blocks, attention=False, down=False, up=False):
         super().__init__()
-        widths = [c_in] + [c_out] * blocks
-        self.res = nn.ModuleList(ResBlock(widths[i], c_out) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(blocks if attention else 0))
-        if resample == "down":
-            # Padded right and below only, as in the training of the published weights.
-            self.downsample = nn.Sequential(OrderedDict(
-                pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c_out, c_out, 3, stride=2)))
-        if resample == "up":
-            self.upsample = nn.Sequential(OrderedDict(
-                nearest=nn.Upsample(scale_factor=2.0), conv=conv3x3(c_out, c_out)))
+        self.res = nn.ModuleList([ResBlock(c_in, c_out)])
+        for _ in range(blocks - 1):
+            self.res.append(ResBlock(c_out, c_out))
+        self.attn = nn.ModuleList()
+        if attention:
+            self.attn.extend(AttnBlock(c_out) for _ in range(blocks))
+        self.downsample = nn.Sequential()
+        if down:  # padded right and below only, as in the training of the published weights
+            self.downsample.pad = nn.ZeroPad2d((0, 1, 0, 1))
+            self.downsample.conv = nn.Conv2d(c_out, c_out, 3, stride=2)
+        self.upsample = nn.Sequential()
+        if up:
+            self.upsample.nearest = nn.Upsample(scale_factor=2.0)
+            self.upsample.conv = conv3x3(c_out, c_out)
 
     def forward(self, x):
         for i, block in enumerate(self.res):
             x = block(x)
             if self.attn:
                 x = self.attn[i](x)
-        for name in ("downsample", "upsample"):
-            if hasattr(self, name):
-                x = getattr(self, name)(x)
-        return x
-
-
-def middle(width):
-    return nn.Sequential(ResBlock(width, width), AttnBlock(width), ResBlock(width, width))
+        return self.upsample(self.downsample(x))
 
 
 def encoder(ch, ch_mult, z_channels):
     """Images (B, 3, S, S) -> features (B, z_channels, h, w); the parts run in this order"""
     widths = [ch] + [ch * multiple for multiple in ch_mult]
+    width = widths[-1]
     last = len(ch_mult) - 1
-    levels = OrderedDict(conv_in=conv3x3(3, ch), conv_blocks=nn.Sequential())
-    for i in range(last + 1):
-        resample = "down" if i < last else None
-        levels["conv_blocks"].append(Level(widths[i], widths[i + 1], 2, i == last, resample))
-    levels.update(mid=middle(widths[-1]), norm_out=norm(widths[-1]), swish=nn.SiLU(),
-                  conv_out=conv3x3(widths[-1], z_channels))
-    return nn.Sequential(levels)
+    parts = nn.Sequential()
+    parts.conv_in = conv3x3(3, ch)
+    parts.conv_blocks = nn.Sequential()
+    for i in range(len(ch_mult)):
+        level = Level(widths[i], widths[i + 1], 2, attention=i == last, down=i < last)
+        parts.conv_blocks.append(level)
+    parts.mid = nn.Sequential(ResBlock(width, width), AttnBlock(width), ResBlock(width, width))
+    parts.norm_out = norm(width)
+    parts.swish = nn.SiLU()
+    parts.conv_out = conv3x3(width, z_channels)
+    return parts
 
 
 def decoder(ch, ch_mult, z_channels):
     """Features (B, z_channels, h, w) -> images (B, 3, S, S): the encoder's levels backwards"""
-    widths = [ch * multiple for multiple in reversed(ch_mult)]
+    width = ch * ch_mult[-1]
+    widths = [width] + [ch * multiple for multiple in reversed(ch_mult)]
     last = len(ch_mult) - 1
-    levels = OrderedDict(conv_in=conv3x3(z_channels, widths[0]), mid=middle(widths[0]),
-                         conv_blocks=nn.Sequential())
-    for i, width in enumerate(widths):
-        resample = "up" if i < last else None
-        levels["conv_blocks"].append(Level(widths[max(i - 1, 0)], width, 3, i == 0, resample))
-    levels.update(norm_out=norm(widths[-1]), swish=nn.SiLU(), conv_out=conv3x3(widths[-1], 3))
-    return nn.Sequential(levels)
+    parts = nn.Sequential()
+    parts.conv_in = conv3x3(z_channels, width)
+    parts.mid = nn.Sequential(ResBlock(width, width), AttnBlock(width), ResBlock(width, width))
+    parts.conv_blocks = nn.Sequential()
+    for i in range(len(ch_mult)):
+        level = Level(widths[i], widths[i + 1], 3, attention=i == 0, up=i < last)
+        parts.conv_blocks.append(level)
+    parts.norm_out = norm(widths[-1])
+    parts.swish = nn.SiLU()
+    parts.conv_out = conv3x3(widths[-1], 3)
+    return parts
 
 
 class VQModel(nn.Module):
@@ -293,9 +290,8 @@ class VQModel(nn.Module):
 def load_tokenizer(path, device="cpu", meta=None):
     """A VQModel in eval mode from a file of ours or LlamaGen's, {"model": state_dict}
 
-    Its sizes are read off the tensors. `meta` may hold what is known of codes at hand, their vocab
-    and tokenizer_sha256. Raises BadInput for a tokenizer that did not make them, for weights that
-    are not finite, and for any other file.
+    Its sizes are read off the tensors. meta: that of codes at hand; if it has vocab or
+    tokenizer_sha256, they must be those of this tokenizer. Raises BadInput.
     """
     saved = load_file(path)
     try:
@@ -312,13 +308,12 @@ def load_tokenizer(path, device="cpu", meta=None):
         raise BadInput(f"{path}: expected LlamaGen's tokenizer ({error!r})") from None
     for name, weight in model.named_parameters():
         require(weight.isfinite().all(), f"{path}: {name} holds NaN or infinity")
-    meta = meta or {}
-    expected = meta.get("vocab") or min(codebook_size, 65536)
-    require(codebook_size == expected, f"{path}: {codebook_size} codes, expected {expected}")
-    digest = meta.get("tokenizer_sha256")
-    if digest:
-        require(digest == sha256(path), f"{path}: sha256 {sha256(path)}, but another tokenizer "
-                                        f"made the codes, sha256 {digest}")
+    if meta:
+        vocab = meta.get("vocab")
+        require(vocab in (None, codebook_size), f"{path}: {codebook_size} codes, expected {vocab}")
+        digest = meta.get("tokenizer_sha256")
+        require(digest in (None, sha256(path)), f"{path}: sha256 {sha256(path)}, but another "
+                                                f"tokenizer made the codes, sha256 {digest}")
     return model.to(device).eval()
 
 
@@ -388,9 +383,9 @@ class Images:
             raise BadInput(f"{name}: unreadable image ({error!r})") from None
 
     def chunks(self, size):
-        """Ranges of `size` images each, the last one shorter"""
+        """Indices of the images, `size` together -> list of int64 arrays"""
         n = len(self.items)
-        return [range(i, min(i + size, n)) for i in range(0, n, size)]
+        return np.split(np.arange(n), np.arange(size, n, size))
 
     def read(self, chunks):
         """Yield the items of each chunk as futures, while threads read the two that follow"""
@@ -407,38 +402,40 @@ class Images:
 def read_folder(root):
     """-> file names below `root`, in ImageFolder's order; labels; names of the classes
 
-    Every file below a class folder counts as an image, except hidden ones (.DS_Store). Links are
-    followed, but within a class no folder is entered twice, and not `root`: links may form circles.
+    Every file below a class folder counts as an image, except hidden ones (.DS_Store).
     """
-
-    def refuse(error):
-        raise BadInput(f"{error.filename}: cannot be read ({error.strerror})")
-
-    def visible(names):
-        return sorted(name for name in names if not name.startswith("."))
-
-    _, classes, beside = next(os.walk(root, onerror=refuse))
-    classes = visible(classes)
-    beside = visible(beside)
-    if beside:
-        complain(f"{root}: not in a class folder, left out: {len(beside)} files, the first "
-                 f"{beside[0]}")
     files = []
     labels = []
-    for label, name in enumerate(classes):
-        members = {}  # folder -> its files
-        entered = {os.path.realpath(root)}
-        for folder, inside, names in os.walk(os.path.join(root, name), True, refuse, True):
-            inside[:] = visible(inside)  # os.walk goes on to what is left in this list
-            if os.path.realpath(folder) in entered:
-                inside.clear()
-                continue
-            entered.add(os.path.realpath(folder))
-            members[os.path.relpath(folder, root)] = visible(names)
-        for folder in sorted(members):
-            files += [os.path.join(folder, name) for name in members[folder]]
-        labels += [label] * (len(files) - len(labels))
+    try:
+        names = sorted(name for name in os.listdir(root) if not name.startswith("."))
+        classes = [name for name in names if os.path.isdir(os.path.join(root, name))]
+        for label, name in enumerate(classes):
+            members = files_below(root, name, [os.path.realpath(root)])
+            files += sorted(members, key=os.path.split)  # by folder, then by name
+            labels += [label] * len(members)
+    except OSError as error:
+        raise BadInput(f"{error.filename}: cannot be read ({error.strerror})") from None
+    if len(names) > len(classes):
+        complain(f"{root}: files that are in no class folder are left out, such as "
+                 f"{min(set(names) - set(classes))}")
     return files, np.array(labels, dtype=np.int64), classes
+
+
+def files_below(root, folder, above):
+    """-> the files below root/folder. Links are followed, but not to one of the folders `above`."""
+    here = os.path.realpath(os.path.join(root, folder))
+    if here in above:
+        return []
+    files = []
+    for entry in os.scandir(os.path.join(root, folder)):
+        name = os.path.join(folder, entry.name)
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            files += files_below(root, name, above + [here])
+        else:
+            files.append(name)
+    return files
 
 
 def read_npz(path):
@@ -447,7 +444,7 @@ def read_npz(path):
         with np.load(path) as arrays:
             images = arrays["arr_0"]
             labels = arrays["labels"]
-            names = arrays["classes"] if "classes" in arrays else None
+            names = arrays.get("classes")
     except Exception as error:  # numpy raises another kind for each way in which a file is broken
         raise BadInput(f"{path}: expected arr_0 and labels in an .npz ({error!r})") from None
     require(images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3,
@@ -460,27 +457,18 @@ def read_npz(path):
         require(names.dtype.kind == "U" and names.ndim == 1,
                 f"{path}: classes are {names.dtype} {names.shape}, expected names (n,)")
         highest = len(names) - 1
-    for i in np.flatnonzero((labels < 0) | (labels > highest)):
-        raise BadInput(f"{path}: the label of image {i} is {labels[i]}, expected 0 to {highest}")
+    wrong = np.flatnonzero((labels < 0) | (labels > highest))
+    if len(wrong):
+        raise BadInput(f"{path}: the label of image {wrong[0]} is {labels[wrong[0]]}, expected 0 "
+                       f"to {highest}")
+    labels = labels.astype(np.int64)
     if names is None:
         names = np.arange(labels.max(initial=-1) + 1).astype(str)
-    return images, labels.astype(np.int64), names.tolist()
+    return images, labels, names.tolist()
+
 
 
 # ---- 4. Pictures, and .npz of samples
-
-
-def save_grid(path, images, columns, scale=1):
-    """One PNG of uint8 images (n, H, W, 3), row by row, with a white line of one pixel between
-    them; then every pixel becomes scale x scale
-    """
-    n, height, width, _ = images.shape
-    rows = math.ceil(n / columns)
-    cells = np.full((rows * columns, height + 1, width + 1, 3), 255, np.uint8)
-    cells[:n, :height, :width] = images
-    sheet = rearrange(cells, "(row column) h w rgb -> (row h) (column w) rgb", column=columns)
-    sheet = sheet[:-1, :-1].repeat(scale, axis=0).repeat(scale, axis=1)
-    replace_file(path, partial(Image.fromarray(sheet).save, format="PNG"))
 
 
 def save_images(path, chunks, labels):
@@ -492,27 +480,34 @@ def save_images(path, chunks, labels):
     """
     labels = np.asarray(labels).astype(np.int64)
     if path.endswith(".npz"):
-
-        def write(file):
-            with zipfile.ZipFile(file, "w") as archive:
-                with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                    write_array(member, chunks, len(labels))
-                with archive.open("labels.npy", "w") as member:
-                    np.save(member, labels)
-
-        replace_file(path, write)
+        replace_file(path, partial(write_npz, chunks=chunks, labels=labels))
     elif path.endswith(".png"):
-        images = np.concatenate(list(chunks))
-        classes = list(dict.fromkeys(labels.tolist()))  # in the order in which they first occur
-        columns = int(np.bincount(labels).max())
-        cells = np.full((len(classes), columns, *images.shape[1:]), 255, np.uint8)
-        for row, label in enumerate(classes):
-            members = images[labels == label]
-            cells[row, : len(members)] = members
-        cells = rearrange(cells, "row column h w rgb -> (row column) h w rgb")
-        save_grid(path, cells, columns, scale=max(1, 64 // images.shape[1]))
+        sheet = grid_of(np.concatenate(list(chunks)), labels)
+        replace_file(path, partial(Image.fromarray(sheet).save, format="PNG"))
     else:
         raise BadInput(f"{path}: expected a .png or an .npz")
+
+
+def write_npz(file, chunks, labels):
+    with zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            write_array(member, chunks, len(labels))
+        with archive.open("labels.npy", "w") as member:
+            np.save(member, labels)
+
+
+def grid_of(images, labels):
+    """Images with a white line of one pixel between them, small ones enlarged -> (H', W', 3)"""
+    _, height, width, _ = images.shape
+    classes = list(dict.fromkeys(labels.tolist()))  # in the order in which they first occur
+    columns = np.bincount(labels).max()
+    cells = np.full((len(classes), columns, height + 1, width + 1, 3), 255, np.uint8)
+    for row, label in enumerate(classes):
+        members = images[labels == label]
+        cells[row, : len(members), :height, :width] = members
+    sheet = rearrange(cells, "row column h w rgb -> (row h) (column w) rgb")[:-1, :-1]
+    scale = max(1, 64 // height)
+    return sheet.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 # ---- 5. Training a small one
@@ -580,11 +575,9 @@ def train(args):
 
 def save_tokenizer(path, model):
     """Write {"model": state_dict}, in float16: half the bytes to ship. Raises BadInput."""
-    state = {}
-    for name, weight in model.state_dict().items():
-        state[name] = weight.half()
-        require(state[name].isfinite().all(),
-                f"{path}: not written, as {name} holds what is no number in float16")
+    state = {name: weight.half() for name, weight in model.state_dict().items()}
+    for name, weight in state.items():
+        require(weight.isfinite().all(), f"{path}: not written, {name} is too large for float16")
     replace_file(path, partial(torch.save, {"model": state}))
 
 
@@ -600,14 +593,12 @@ SHARED = ("vocab", "grid", "image_size", "classes", "tokenizer_sha256")
 SUFFIX = {"train": "", "val": "_val"}  # of the names of their files
 
 
-def require_same(path, ours, keys, what):
+def require_same(path, ours, keys, reason):
     """Raise BadInput unless the .json at `path` holds the same as `ours` under each of the keys"""
     theirs = load_json(path)
-    differ = []
     for key in keys:
-        if theirs.get(key) != ours[key]:
-            differ.append(f"{key} is {theirs.get(key)!s:.99} there, {ours[key]!s:.99} here")
-    require(not differ, f"{path}: {what}: {'; '.join(differ)}")
+        require(theirs.get(key) == ours[key],
+                f"{path}: {reason}: {key} is {theirs.get(key)!s:.99} there, {ours[key]!s:.99} here")
 
 
 def publish(folder, split, meta, codes, labels, tokenizer):
@@ -621,34 +612,31 @@ def publish(folder, split, meta, codes, labels, tokenizer):
     leaves no data set, or one without validation, but never a mix.
     """
     suffix = SUFFIX[split]
+    new = f"{folder}/new{suffix}.part"
     names = [f"labels{suffix}.npy", f"codes{suffix}.npy"]
     outdated = []
-    new = f"{folder}/new{suffix}.part"
     try:
         replace_file(f"{new}/{names[0]}", partial(np.save, arr=labels.astype(np.uint16)))
         replace_file(f"{new}/{names[1]}", partial(write_array, chunks=codes, n=len(labels)))
-        if split == "train" and tokenizer:
-            names.append("tokenizer.pt")
-            with open(tokenizer, "rb") as source:
-                replace_file(f"{new}/tokenizer.pt", partial(shutil.copyfileobj, source))
         if split == "train":
+            if tokenizer:
+                names.append("tokenizer.pt")
+                with open(tokenizer, "rb") as source:
+                    replace_file(f"{new}/tokenizer.pt", partial(shutil.copyfileobj, source))
             names.append("meta.json")
             replace_file(f"{new}/meta.json", partial(write_json, value=meta))
-            old = {}
-            if os.path.exists(f"{folder}/meta.json"):
-                old = load_json(f"{folder}/meta.json")
-            if any(old.get(key) != meta[key] for key in SHARED):
-                outdated = ["codes_val.npy", "labels_val.npy"]  # of other codes
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
+            try:
+                require_same(f"{folder}/meta.json", meta, SHARED, "other codes")
+            except BadInput:
+                outdated = ["codes_val.npy", "labels_val.npy"]
 
-    for name in [names[-1], *outdated]:
-        with suppress(FileNotFoundError):
-            os.remove(f"{folder}/{name}")
-    for name in names:
-        os.replace(f"{new}/{name}", f"{folder}/{name}")
-    shutil.rmtree(new)
+        for name in [names[-1]] + outdated:
+            with suppress(FileNotFoundError):
+                os.remove(f"{folder}/{name}")
+        for name in names:
+            os.replace(f"{new}/{name}", f"{folder}/{name}")
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def read_meta(folder):
@@ -714,10 +702,9 @@ def crops(images, size, views):
 def encode(args):
     """Write codes, labels, meta.json and a copy of the tokenizer into OUT, the data set of npp.py
 
-    Unreadable images are named and left out; then the exit code is 2. Each chunk of images becomes
-    a file in OUT/codes.part, so that the same command goes on after a kill. The ranks take chunks
-    in turn; a chunk is the same with any number of them, and so are the codes. An .npz is held in
-    memory, of a folder only the names.
+    Unreadable images are named and left out; then the exit code is 2. The same command goes on
+    after a kill: each chunk of images becomes a file in OUT/codes.part. With several processes the
+    codes are the same.
     """
     rank, world_size, device = setup()
     sizes = [args.image_size]
@@ -733,80 +720,81 @@ def encode(args):
             "tokenizer_sha256": sha256(args.tokenizer), "made_by": "tokenizer.py encode"}
     if args.split == "val":
         names = read_meta(args.out)["classes"]
-        unnamed = [str(i) for i in range(len(data.classes))]
-        if names == unnamed or (data.classes == unnamed and len(names) >= len(unnamed)):
-            meta["classes"] = names  # one of the two splits came without names
+        numbers = [str(i) for i in range(len(data.classes))]
+        # One of the two splits may have come without names.
+        if names == numbers or (data.classes == numbers and len(numbers) <= len(names)):
+            meta["classes"] = names
         require_same(f"{args.out}/meta.json", meta, SHARED, "the train split has other codes")
 
     # Make the folder of parts, or go on with the one that is there.
     folder = f"{args.out}/codes{SUFFIX[args.split]}.part"
     plan_path = f"{folder}/plan.json"
-    plan = dict(meta, views=args.views, scales=args.scales, images_sha256=data.sha256)
+    plan = {"views": args.views, "scales": args.scales, "images_sha256": data.sha256}
+    plan.update(meta)
     if os.path.exists(plan_path):
-        require_same(plan_path, plan, plan, "another encoding is under way, expected the same, or "
-                                            "that you delete it")
+        require_same(plan_path, plan, plan, "another encoding is under way, finish or delete it")
     elif rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
         replace_file(plan_path, partial(write_json, value=plan))
     wait_for_ranks()
-    parts = {f"{folder}/{chunk.start:09}.npz": chunk for chunk in data.chunks(64)}
-    encode_parts(dict(list(parts.items())[rank::world_size]), data, model, args)
+
+    # The ranks take parts in turn. Where an image was unreadable, it may be whole by now.
+    parts = {f"{folder}/{chunk[0]:09}.npz": chunk for chunk in data.chunks(64)}
+    to_do = []
+    for path in list(parts)[rank::world_size]:
+        if not os.path.exists(path) or len(read_part(path, "labels")) < len(parts[path]):
+            to_do.append(path)
+    start = time.time()
+    images = data.read([parts[path] for path in to_do])
+    for done, path in enumerate(to_do, 1):
+        encode_part(path, next(images), data.labels[parts[path]], model, args)
+        show_progress(done, len(to_do), start)
     wait_for_ranks()
     if rank > 0:
         return 0
 
-    # Join the parts.
-    labels = np.concatenate([read_part(path, "labels") for path in parts])
-    unreadable = len(data.items) - len(labels)
-    if len(labels) > 0:
-        codes = (read_part(path, "codes") for path in parts if len(read_part(path, "labels")))
+    # Join them. There is none of a chunk of which no image was readable.
+    paths = [path for path in parts if os.path.exists(path)]
+    if paths:
+        labels = np.concatenate([read_part(path, "labels") for path in paths])
+        codes = (read_part(path, "codes") for path in paths)
         publish(args.out, args.split, meta, codes, labels, args.tokenizer)
-    os.remove(plan_path)  # first: without it the parts do not count
     shutil.rmtree(folder)
-    require(len(labels) > 0, f"{args.images}: not one readable image")
+    require(paths, f"{args.images}: not one readable image")
+    unreadable = len(data.items) - len(labels)
     print(f"{args.out}: {len(labels):,} images of {meta['grid']} x {meta['grid']} codes, "
           f"{unreadable:,} images unreadable")
     return 2 if unreadable else 0
 
 
-def encode_parts(parts, data, model, args):
-    """Write those of the parts that are not there, or in which an image was unreadable
+def encode_part(path, futures, labels, model, args):
+    """Write codes (b, views, h*w) uint8 or uint16 and labels (b,) of the images that are readable
 
-    parts: file name -> images. A part holds codes (b, views, h*w) uint8 or uint16, and labels (b,).
+    futures: of all images, from Images.read; labels: theirs.
     """
     device = next(model.parameters()).device
-    to_do = {}
-    for path, chunk in parts.items():
-        if not os.path.exists(path) or len(read_part(path, "labels")) < len(chunk):
-            to_do[path] = chunk
-    start = time.time()
-    for done, (path, futures) in enumerate(zip(to_do, data.read(to_do.values())), 1):
-        good = []
-        labels = []
-        for i, future in zip(to_do[path], futures):
-            try:
-                good.append(future.result())
-                labels.append(data.labels[i])
-            except BadInput as error:
-                complain(error)
-        codes = []
-        for images in zip(*good):  # of each size
-            images = from_uint8(np.stack(images)).to(device)
-            for view in crops(images, args.image_size, args.views):
-                pieces = [model.encode(piece) for piece in view.split(16)]  # to fit into memory
-                codes.append(torch.cat(pieces).flatten(1).cpu().numpy())
-        if good:
-            codes = np.stack(codes, axis=1).astype(np.min_scalar_type(len(model.codebook()) - 1))
-        replace_file(path, partial(np.savez, codes=codes, labels=np.array(labels, np.int64)))
-        show_progress(done, len(to_do), start)
+    readable = []
+    images = []
+    for i, future in enumerate(futures):
+        try:
+            images.append(future.result())
+            readable.append(i)
+        except BadInput as error:
+            complain(error)
+    codes = []
+    for same_size in zip(*images):
+        batch = from_uint8(np.stack(same_size)).to(device)
+        for view in crops(batch, args.image_size, args.views):
+            pieces = [model.encode(piece) for piece in view.split(16)]  # to fit into memory
+            codes.append(torch.cat(pieces).flatten(1).cpu().numpy())
+    if images:
+        codes = np.stack(codes, axis=1).astype(np.min_scalar_type(len(model.codebook()) - 1))
+        replace_file(path, partial(np.savez, codes=codes, labels=labels[readable]))
 
 
 def read_part(path, name):
-    try:
-        with np.load(path) as arrays:
-            return arrays[name]
-    except Exception as error:  # numpy raises another kind for each way in which a file is broken
-        raise BadInput(f"{path}: damaged, delete it and encode again ({error!r})") from None
+    with np.load(path) as arrays:
+        return arrays[name]
 
 
 def show_progress(done, total, start):
@@ -829,17 +817,17 @@ def show(args):
     model = load_tokenizer(path, device, meta)
 
     classes = np.unique(labels)
-    spread = np.linspace(0, len(classes) - 1, min(10, len(classes))).astype(int)
-    chosen = [np.flatnonzero(labels == label)[:10] for label in classes[spread]]
+    classes = classes[np.linspace(0, len(classes) - 1, min(10, len(classes))).astype(int)]
+    rows = [np.flatnonzero(labels == label)[:10] for label in classes]
     images = []
-    for rows in chosen:
-        some = torch.from_numpy(codes[rows, 0].astype(np.int64))
+    for row in rows:
+        some = torch.from_numpy(codes[row, 0].astype(np.int64))
         require(some.max() < meta["vocab"], f"{codes.filename}: {some.max()}, expected codes from "
                                             f"0 to {meta['vocab'] - 1}")
         some = rearrange(some, "b (h w) -> b h w", h=meta["grid"]).to(device)
         images.append(to_uint8(model.decode(some)))
-    save_images(args.out, images, labels[np.concatenate(chosen)])
-    names = [meta["classes"][label] for label in classes[spread]]
+    save_images(args.out, images, labels[np.concatenate(rows)])
+    names = [meta["classes"][label] for label in classes]
     print(f"{args.out}: row by row {', '.join(names)}")
     return 0
 
@@ -859,7 +847,7 @@ def reconstruct(args):
     require(edge > 0, f"--margin is {args.margin}, expected less than half of --image_size")
     inside = slice(args.margin, args.margin + edge)
     data = Images(args.images, [args.image_size])
-    rows = []  # for the picture
+    rows = []  # of the picture
     errors = []
 
     def reconstructions():
@@ -877,10 +865,8 @@ def reconstruct(args):
     else:
         for _ in reconstructions():
             pass  # it collects rows and errors
-        save_grid(args.out, np.concatenate(rows), len(rows[0]), max(1, 64 // args.image_size))
-    psnr = math.inf
-    if sum(errors) > 0:
-        psnr = 10 * np.log10(255**2 * len(data.items) * 3 * edge**2 / sum(errors))
+        save_images(args.out, rows, np.arange(len(rows)).repeat(len(rows[0])))
+    psnr = 10 * np.log10(255**2 * len(data.items) * 3 * edge**2 / sum(errors))
     print(f"{args.out}: PSNR {psnr:.2f} dB, {len(data.items):,} images")
     return 0
 
@@ -894,10 +880,9 @@ def setup():
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         gpus = torch.cuda.device_count()
-        require(local_rank < gpus, f"more processes here than GPUs, expected {gpus}")
-        device = torch.device("cuda", local_rank)
+        require(device.index < gpus, f"more processes here than GPUs, expected {gpus}")
         # TF32 rounds: the codes made on a GPU would differ from those made on a CPU.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
@@ -928,7 +913,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def integers(text):
-    return [int(x) for x in text.split(",")]
+    return tuple(int(x) for x in text.split(","))
 
 
 def numbers(text):
@@ -940,46 +925,55 @@ def parse(argv):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND",
                                      help="COMMAND --help lists its flags")
-    for run in (train, encode, show, reconstruct):
-        command = commands.add_parser(run.__name__, help=run.__doc__.splitlines()[0],
-                                      description=run.__doc__, allow_abbrev=False,
-                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        command.set_defaults(run=run)
-        command.add_argument("data" if run is show else "images")
-        command.add_argument("out")
-        add = command.add_argument
-        if run is not train:
-            add("--tokenizer", required=run is not show, help="its file; show: the data set's own")
-        if run is not show:
-            add("--image_size", type=int, default=256, help="pixels a side")
-        if run in (encode, show):
-            add("--split", choices=["train", "val"], default="train", help="of the data set")
-        if run is reconstruct:
-            add("--margin", type=int, default=0, help="pixels a side that the PSNR leaves out")
-        if run is encode:
-            add("--views", choices=["center", "one", "ten_crop"], default="center",
-                help="center has the mirror image too, one has not; --split val: center or one")
-            add("--scales", type=numbers, default=[1.1], metavar="1.1,..",
-                help="what ten_crop cuts from, in multiples of image_size; 1.1,1.05: 20 views")
-        if run is train:
-            add("--steps", type=int, default=12000, help="steps")
-            add("--batch", type=int, default=16, help="images a step")
-            add("--lr", type=float, default=1e-3, help="learning rate")
-            add("--seed", type=int, default=0, help="of weights and batches")
-            add("--codebook_size", type=int, default=256, help="codes")
-            add("--ch", type=int, default=32, help="channels, a multiple of 32")
-            add("--ch_mult", type=integers, default=[1, 1, 2], metavar="1,2,..",
-                help="channels of each level, in multiples of ch")
-            add("--z_channels", type=int, default=32, help="channels before the codebook")
+    limits = {}  # of the numbers
+
+    def command(run, source):
+        added = commands.add_parser(run.__name__, help=run.__doc__.splitlines()[0],
+                                    description=run.__doc__, allow_abbrev=False,
+                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        added.set_defaults(run=run)
+        added.add_argument(source)
+        added.add_argument("out")
+        return added
+
+    def number(command, name, default, lowest, highest, text, kind=int):
+        command.add_argument(f"--{name}", type=kind, default=default, help=text)
+        limits[name] = (lowest, highest)
+
+    one = command(train, "images")
+    number(one, "image_size", 256, 1, 1024, "pixels a side")
+    number(one, "steps", 12000, 1, 2**31, "steps")
+    number(one, "batch", 16, 1, 65536, "images a step")
+    number(one, "lr", 1e-3, 0, 2**31, "learning rate", float)
+    number(one, "seed", 0, 0, 2**31, "of weights and batches")
+    number(one, "codebook_size", 256, 1, 65536, "codes")
+    number(one, "ch", 32, 1, 1024, "channels, a multiple of 32")
+    number(one, "ch_mult", (1, 1, 2), 1, 16, "1,2,..: channels of each level, times ch", integers)
+    number(one, "z_channels", 32, 1, 4096, "channels before the codebook")
+
+    one = command(encode, "images")
+    one.add_argument("--tokenizer", required=True, help="its file")
+    number(one, "image_size", 256, 1, 1024, "pixels a side")
+    one.add_argument("--split", choices=["train", "val"], default="train", help="of the data set")
+    one.add_argument("--views", choices=["center", "one", "ten_crop"], default="center",
+                     help="center has the mirror image too, one has not; val: center or one")
+    number(one, "scales", [1.1], 1, 4, "1.1,..: what ten_crop cuts from, in multiples of "
+           "image_size; 1.1,1.05: 20 views", numbers)
+
+    one = command(show, "data")
+    one.add_argument("--tokenizer", help="its file, if not the one that the data set names")
+    one.add_argument("--split", choices=["train", "val"], default="train", help="of the data set")
+
+    one = command(reconstruct, "images")
+    one.add_argument("--tokenizer", required=True, help="its file")
+    number(one, "image_size", 256, 1, 1024, "pixels a side")
+    number(one, "margin", 0, 0, 1024, "pixels a side that the PSNR leaves out")
+
     args = parser.parse_args(argv)
-    highest = {"image_size": 1024, "codebook_size": 65536, "batch": 65536, "ch": 1024,
-               "ch_mult": 16, "z_channels": 4096, "scales": 4}
-    for name, value in vars(args).items():
-        lowest = 0 if name in ("lr", "seed", "margin") else 1
-        limit = highest.get(name, 2**31)
-        for x in value if isinstance(value, list) else [value]:
-            if isinstance(x, (int, float)):  # NaN is in no range
-                require(lowest <= x <= limit, f"--{name} is {x}, expected {lowest} to {limit}")
+    for name, (lowest, highest) in limits.items():
+        for value in np.atleast_1d(getattr(args, name, lowest)):  # NaN is in no range
+            require(lowest <= value <= highest,
+                    f"--{name} is {value}, expected {lowest} to {highest}")
     return args
 
 
