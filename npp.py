@@ -36,8 +36,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 
-from tokenizer import (BadInput, load_file, load_tokenizer, open_codes, read_meta, replace_file,
-                       require, save_images, to_uint8)
+from tokenizer import (BadInput, Parser, complain, integers, load_file, load_tokenizer, open_codes,
+                       read_meta, replace_file, require, save_images, setup, to_uint8,
+                       wait_for_ranks)
 
 # -------------------------------------------------------------------------------------------------
 # Configuration: every field is a flag, and --help prints this class
@@ -486,22 +487,6 @@ def epoch_order(images, seed, epoch):
 # 6. Training
 
 
-def setup():
-    """-> rank, world_size and device of this process; torchrun sets the environment"""
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        gpus = torch.cuda.device_count()
-        require(processes <= gpus, f"{processes} processes, expected one for each GPU: {gpus}")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return rank, world_size, device
-
-
 def mean_over_ranks(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
@@ -625,11 +610,11 @@ class Watcher:
         self.classes = class_numbers(wanted, data.meta["classes"], most=10)
         if rank == 0:
             self.lock = lock_folder(cfg.out)
-        mean_over_ranks(torch.zeros(1))                 # a barrier: the folder is ours
+        wait_for_ranks()                                # the folder is ours
 
     def start(self, first):
-        """Before the first step: cut the log, take the folder, say what is done"""
-        mean_over_ranks(torch.zeros(1))                 # a barrier: all ranks have read ckpt.pt
+        """Before the first step: cut the log, say where training stands"""
+        wait_for_ranks()                                # all have read ckpt.pt
         self.first = first
         if self.rank == 0 and first == self.cfg.steps:
             say(f"{self.cfg.out} is finished after {first:,} steps")
@@ -677,9 +662,9 @@ class Watcher:
         self.losses = []
         self.window_start = time.time()
         if stop:
-            mean_over_ranks(torch.zeros(1))             # a barrier: all end together
-        if stop and self.rank == 0:
-            say(f"\nstopped after step {done:,}: the same command goes on from there")
+            wait_for_ranks()                            # torchrun would kill one that still saves
+            if self.rank == 0:
+                say(f"\nstopped after step {done:,}: the same command goes on from there")
         return stop
 
     def log(self, record):
@@ -1002,15 +987,6 @@ def progress(text, seconds_left):
         say(line)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(message)
-
-
-def integers(text):
-    return tuple(int(number) for number in text.split(","))
-
-
 def parse(argv):
     """Every field of Config is a flag -> Config. Raises BadInput."""
     own = ", ".join(f"{name} {value:g}" for name, value in TINY.items())
@@ -1056,15 +1032,15 @@ def main(argv=None):
         cfg = parse(argv)
         return sample(cfg) if cfg.sample else train(cfg)
     except BadInput as error:
-        print("npp.py:", " ".join(str(error).split()), file=sys.stderr)
+        complain(error, "npp.py")
         return 2
     except KeyboardInterrupt:
-        print("npp.py: stopped", file=sys.stderr)
+        complain("stopped", "npp.py")
         return 130
     except RuntimeError as error:
         if "by peer" not in str(error):  # a connection is closed or reset by it
             raise
-        print("npp.py: another rank has ended, and so does this one", file=sys.stderr)
+        complain("another rank has ended, and so does this one", "npp.py")
         return 2
     finally:
         interrupt.saves_first = False

@@ -88,7 +88,7 @@ def replace_file(path, write):
             os.remove(part)
         # torch.save answers an OSError, such as that of a full disk, by a RuntimeError.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError):
+        if isinstance(cause, OSError) and not isinstance(cause, BrokenPipeError):
             raise BadInput(f"{path}: cannot be written ({cause.strerror})") from None
         raise
 
@@ -467,7 +467,6 @@ def read_npz(path):
     return images, labels, names.tolist()
 
 
-
 # ---- 4. Pictures, and .npz of samples
 
 
@@ -482,8 +481,7 @@ def save_images(path, chunks, labels):
     if path.endswith(".npz"):
         replace_file(path, partial(write_npz, chunks=chunks, labels=labels))
     elif path.endswith(".png"):
-        sheet = grid_of(np.concatenate(list(chunks)), labels)
-        replace_file(path, partial(Image.fromarray(sheet).save, format="PNG"))
+        replace_file(path, partial(write_png, chunks=chunks, labels=labels))
     else:
         raise BadInput(f"{path}: expected a .png or an .npz")
 
@@ -496,8 +494,9 @@ def write_npz(file, chunks, labels):
             np.save(member, labels)
 
 
-def grid_of(images, labels):
-    """Images with a white line of one pixel between them, small ones enlarged -> (H', W', 3)"""
+def write_png(file, chunks, labels):
+    """Images with a white line of one pixel between them, a class a row, small ones enlarged"""
+    images = np.concatenate(list(chunks))
     _, height, width, _ = images.shape
     classes = list(dict.fromkeys(labels.tolist()))  # in the order in which they first occur
     columns = np.bincount(labels).max()
@@ -507,7 +506,8 @@ def grid_of(images, labels):
         cells[row, : len(members), :height, :width] = members
     sheet = rearrange(cells, "row column h w rgb -> (row h) (column w) rgb")[:-1, :-1]
     scale = max(1, 64 // height)
-    return sheet.repeat(scale, axis=0).repeat(scale, axis=1)
+    sheet = sheet.repeat(scale, axis=0).repeat(scale, axis=1)
+    Image.fromarray(sheet).save(file, format="PNG")
 
 
 # ---- 5. Training a small one
@@ -793,8 +793,11 @@ def encode_part(path, futures, labels, model, args):
 
 
 def read_part(path, name):
-    with np.load(path) as arrays:
-        return arrays[name]
+    try:
+        with np.load(path) as arrays:
+            return arrays[name]
+    except Exception as error:  # numpy raises another kind for each way in which a file is broken
+        raise BadInput(f"{path}: damaged, delete it and encode again ({error!r})") from None
 
 
 def show_progress(done, total, start):
@@ -866,7 +869,9 @@ def reconstruct(args):
         for _ in reconstructions():
             pass  # it collects rows and errors
         save_images(args.out, rows, np.arange(len(rows)).repeat(len(rows[0])))
-    psnr = 10 * np.log10(255**2 * len(data.items) * 3 * edge**2 / sum(errors))
+    psnr = math.inf
+    if sum(errors) > 0:
+        psnr = 10 * np.log10(255**2 * len(data.items) * 3 * edge**2 / sum(errors))
     print(f"{args.out}: PSNR {psnr:.2f} dB, {len(data.items):,} images")
     return 0
 
@@ -875,27 +880,31 @@ def reconstruct(args):
 
 
 def setup():
-    """-> this process's rank, the number of ranks (torchrun sets both), and its device"""
+    """-> this process's rank, the number of ranks, and its device; torchrun sets the environment"""
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
+    backend = "gloo"
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         gpus = torch.cuda.device_count()
-        require(device.index < gpus, f"more processes here than GPUs, expected {gpus}")
+        require(processes <= gpus, f"{processes} processes, expected one for each GPU: {gpus}")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
         # TF32 rounds: the codes made on a GPU would differ from those made on a CPU.
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
     if world_size > 1 and not dist.is_initialized():
-        # A day: ranks wait for the slowest, and a rank that ends is noticed at once anyway.
-        dist.init_process_group("gloo", timeout=timedelta(days=1))
+        # A day: ranks wait for one that saves or draws. One that ends is noticed at once anyway.
+        dist.init_process_group(backend, timeout=timedelta(days=1))
     return rank, world_size, device
 
 
 def wait_for_ranks():
     if dist.is_initialized():
         try:
-            dist.barrier()
+            dist.all_reduce(torch.zeros(1))  # on the CPU, where a rank that has ended is noticed
         except RuntimeError:
             raise BadInput("another rank ended before the work was done") from None
 
