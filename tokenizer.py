@@ -308,6 +308,7 @@ def load_tokenizer(path, device="cpu", meta=None):
         raise BadInput(f"{path}: expected LlamaGen's tokenizer ({error!r})") from None
     for name, weight in model.named_parameters():
         require(weight.isfinite().all(), f"{path}: {name} holds NaN or infinity")
+    require(codebook_size <= 65536, f"{path}: {codebook_size} codes, expected at most 65536")
     if meta:
         vocab = meta.get("vocab")
         require(vocab in (None, codebook_size), f"{path}: {codebook_size} codes, expected {vocab}")
