@@ -62,7 +62,7 @@ class Config:
     # These decide the result: a run is resumed only with the same values (RECIPE below).
     model: str = "tiny"          # tiny, B, L, XL, XXL or 3B
     patches: tuple = (2, 1)      # patch edge p of each stage; 4,2,1 adds a level
-    lam: float = 0.5             # the last stage begins at lam of the steps, others at lam^2, ..
+    lam: float = 0.5             # the stages before the last end at .., lam^2, lam of the steps
     epochs: float = 300.0        # passes over the images
     steps: int = 0               # total steps, instead of epochs
     batch: int = 256             # images in a step, over all ranks
@@ -295,15 +295,19 @@ class Transformer(nn.Module):
     def embed_class(self, labels):
         return self.cls_embedding["embedding_table"](labels)[:, None]   # (B, 1, D)
 
+    def embed_patches(self, codes, p):
+        return patchify(self.tok_embeddings(codes), p)                  # (B, N/K, D)
+
     def forward(self, codes, labels, p=1):
         """codes (B, N), labels (B,) -> float32 logits (B, N/K, V)
 
         The class goes in front and the last patch is dropped, so position i predicts patch i.
         """
-        x = patchify(self.tok_embeddings(codes), p)                     # (B, N/K, D)
+        x = self.embed_patches(codes, p)                                # (B, N/K, D)
         x = torch.cat([self.embed_class(labels), x[:, :-1]], dim=1)     # (B, N/K, D)
         x = self.tok_dropout(x)
-        rope = rope_2d(self.grid // p, self.head_dim, x.device)[:-1]    # (N/K, head_dim/2, 2)
+        rope = rope_2d(self.grid // p, self.head_dim, x.device)         # class, then N/K patches
+        rope = rope[:-1]                                                # (N/K, head_dim/2, 2)
         for layer in self.layers:
             x = layer(x, rope)                                          # (B, N/K, D)
         return self.output(self.norm(x)).float()                        # (B, N/K, V)
@@ -408,7 +412,7 @@ def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, 
         finite &= logits.isfinite().all()                               # looked at after the loop
         new = choose(logits, noise[:, i], temperature, top_k, top_p)    # (B, K)
         codes.append(new)
-        x = patchify(model.tok_embeddings(new), p)  # the next input      (B, 1, D)
+        x = model.embed_patches(new, p)             # the next input      (B, 1, D)
         if guided:
             x = torch.cat([x, x])
     model.train(was_training)

@@ -285,7 +285,7 @@ def test_no_gradient_reaches_the_future(p):
 def test_cached_logits_equal_uncached(p):
     model, codes, labels = small_model(), torch.randint(11, (3, 16)), torch.tensor([0, 1, 3])
     positions = 16 // p**2
-    x = npp.patchify(model.tok_embeddings(codes), p)
+    x = model.embed_patches(codes, p)
     x = torch.cat([model.embed_class(labels), x[:, :-1]], dim=1)
     rope = npp.rope_2d(4 // p, model.head_dim)
     caches = [npp.KVCache(3, 2, positions, model.head_dim, like=x) for _ in model.layers]
@@ -339,10 +339,12 @@ def test_filters_keep_only_the_likeliest_codes(u):
     assert npp.choose(logits, u, temperature=0).item() == 1
 
 
-def test_top_k_1_is_argmax_at_every_position():
+@pytest.mark.parametrize("p", (1, 2))
+def test_top_k_1_is_argmax_at_every_position(p):
     model, labels = small_model(), torch.tensor([0, 1, 2])
-    codes = npp.generate(model, labels, top_k=1)
-    assert torch.equal(model(codes, labels).argmax(-1), codes)
+    codes = npp.generate(model, labels, top_k=1, p=p)
+    likeliest = model(codes, labels, p).argmax(-1, keepdim=True)
+    assert torch.equal(npp.patch_targets(codes, p), likeliest.expand(-1, -1, p * p))
 
 
 def test_guidance_1_is_conditional_and_0_unconditional():

@@ -179,10 +179,10 @@ def draw_stage(ax, top, p, codes, colours, name, slots, pitch, title, note):
 
     if p > 1:
         targets = "all 4 codes of the next patch, from one output (Eq. 3)"
-        inputs = "the class, then patches 1 to 15, a column later (Eq. 2)"
+        inputs = "the class, then patches 1 to 15, right of their targets (Eq. 2)"
     else:
         targets = "the next code"
-        inputs = "the class, then codes 1 to 63, a column later"
+        inputs = "the class, then codes 1 to 63"
     label(ax, left, top + 53, "Targets:", targets)
     label(ax, left, top + 284, "Inputs:", inputs)
 
