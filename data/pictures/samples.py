@@ -1,6 +1,8 @@
-"""Draw samples.png of README.md from the pictures that `python npp.py` left in the folder of a run
+"""Draw samples.png or faces.png of README.md from the pictures that npp.py left in a run's folder
 
-    python data/pictures/samples.py out/tiny [FOLDER]
+    python npp.py && python data/pictures/samples.py out/tiny data/pictures/samples.png
+    python npp.py --data data/faces --out out/faces \\
+        && python data/pictures/samples.py out/faces data/pictures/faces.png
 """
 
 import os
@@ -9,18 +11,17 @@ import sys
 from PIL import Image, ImageDraw, ImageFont
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(os.path.dirname(HERE))
-sys.path.insert(0, ROOT)
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
-import npp  # noqa: E402
+import tokenizer  # noqa: E402
 
 TITLES = {"samples_p2.png": "halfway: trained on 2 x 2 patches only",
           "samples.png": "at the end: trained on single codes too"}
 NAMES, TITLE, GAP = 130, 44, 26    # pixels: width of the names, height of the titles, between grids
 
 
-def main(run, folder=HERE):
-    names = npp.Codes(os.path.join(ROOT, "data", "fashion")).meta["classes"]
+def main(run, path):
+    names = tokenizer.load_file(os.path.join(run, "ckpt.pt"))["classes"]
     grids = {title: Image.open(os.path.join(run, file)) for file, title in TITLES.items()}
     width, height = next(iter(grids.values())).size
     picture = Image.new("RGB", (NAMES + 2 * width + GAP, TITLE + height), "white")
@@ -33,7 +34,7 @@ def main(run, folder=HERE):
     for i, name in enumerate(names):
         y = TITLE + (i + 0.5) * height / len(names)
         draw.text((NAMES - 12, y), name, "black", font, anchor="rm")
-    picture.save(os.path.join(folder, "samples.png"), optimize=True)
+    picture.save(path, optimize=True)
 
 
 if __name__ == "__main__":
