@@ -5,6 +5,7 @@
         && python data/pictures/samples.py out/faces data/pictures/faces.png
 """
 
+import math
 import os
 import sys
 
@@ -17,23 +18,24 @@ import tokenizer  # noqa: E402
 
 TITLES = {"samples_p2.png": "halfway: trained on 2 x 2 patches only",
           "samples.png": "at the end: trained on single codes too"}
-NAMES, TITLE, GAP = 130, 44, 26    # pixels: width of the names, height of the titles, between grids
+NAMES, TITLE, GAP = 130, 44, 26    # pixels: least width of names, height of titles, between grids
 
 
 def main(run, path):
     names = tokenizer.load_file(os.path.join(run, "ckpt.pt"))["classes"]
     grids = {title: Image.open(os.path.join(run, file)) for file, title in TITLES.items()}
     width, height = next(iter(grids.values())).size
-    picture = Image.new("RGB", (NAMES + 2 * width + GAP, TITLE + height), "white")
-    draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(24)
+    left = max([NAMES] + [math.ceil(font.getlength(name)) + 24 for name in names])
+    picture = Image.new("RGB", (left + 2 * width + GAP, TITLE + height), "white")
+    draw = ImageDraw.Draw(picture)
     for i, (title, grid) in enumerate(grids.items()):
-        x = NAMES + i * (width + GAP)
+        x = left + i * (width + GAP)
         picture.paste(grid, (x, TITLE))
         draw.text((x + width / 2, TITLE / 2 - 2), title, "black", font, anchor="mm")
     for i, name in enumerate(names):
         y = TITLE + (i + 0.5) * height / len(names)
-        draw.text((NAMES - 12, y), name, "black", font, anchor="rm")
+        draw.text((left - 12, y), name, "black", font, anchor="rm")
     picture.save(path, optimize=True)
 
 
