@@ -106,13 +106,13 @@ function save(file, pictures, first, last) {
   for (let i = first; i < last; i++) {
     pictures.forEach((ofStyle, label) => {
       images.push(ofStyle[i]);
-      labels.push(label);
+      labels.push(BigInt(label));
     });
   }
   const pixels = new Uint8Array(Buffer.concat(images));
   fs.writeFileSync(file, zipSync({
     'arr_0.npy': npy('|u1', [images.length, SIZE, SIZE, 3], pixels),
-    'labels.npy': npy('|u1', [labels.length], new Uint8Array(labels)),
+    'labels.npy': npy('<i8', [labels.length], new BigInt64Array(labels)),
     'classes.npy': npyOfNames(Object.values(STYLES)),
   }, { level: 0 }));
 }
