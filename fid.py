@@ -577,6 +577,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("fid.py: stopped", file=sys.stderr)
         return 130
+    finally:
+        if dist.is_initialized():  # threads of a group that is left open abort the exit at times
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
