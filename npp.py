@@ -31,7 +31,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # DDP would import it late, and that leaves threads that abort the exit
+import torch.distributed.nn  # unused here; if DDP imports it late, the exit can crash
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
@@ -55,19 +55,19 @@ SIZES = {  # beside each, its parameters in millions for a vocabulary of 16,384
 
 @dataclass
 class Config:
-    # Defaults follow the paper. The size tiny, which is the default, replaces some (TINY below).
+    # The defaults are the paper's. But the default model, tiny, has its own steps, batch, lr, ..
     data: str = "data/fashion"   # folder of codes, written by tokenizer.py encode
     out: str = ""                # folder of the run (default: out/MODEL), or file of samples
     init: str = ""               # checkpoint whose weights to start from
-    # These decide the result: a run is resumed only with the same values (RECIPE below).
+    # These decide the result: a run is resumed only with the same values.
     model: str = "tiny"          # tiny, B, L, XL, XXL or 3B
     patches: tuple = (2, 1)      # patch edge p of each stage; 4,2,1 adds a level
-    lam: float = 0.5             # the stages before the last end at .., lam^2, lam of the steps
+    lam: float = 0.5             # stage i of L ends at lam^(L-1-i) of the steps; 4,2,1: 1/4, 1/2, 1
     epochs: float = 300.0        # passes over the images
     steps: int = 0               # total steps, instead of epochs
     batch: int = 256             # images in a step, over all ranks
     lr: float = 1e-4             # learning rate for 256 images: lr * batch / 256 is used
-    lr_min: float = 1e-5         # where the decay of each stage ends, not scaled by the batch
+    lr_min: float = 1e-5         # where the decay of each stage ends: absolute, as in the paper
     warmup_epochs: float = 1.0   # warm-up of each stage, at most a tenth of it
     decay_frac: float = 0.2      # last part of each stage, in which the rate decays
     weight_decay: float = 0.05   # of matrices and embeddings
@@ -76,7 +76,7 @@ class Config:
     class_dropout: float = 0.1   # share of labels replaced by the null label, for guidance
     seed: int = 0                # of weights, batches, dropout and samples
     # These change the result by rounding or dropout masks at most.
-    micro_batch: int = 0         # images in one forward; 0: a rank's share, or 100 to sample
+    micro_batch: int = 0         # images in one forward; 0: a rank's whole share, 100 when sampling
     compile: str = "auto"        # true, false, or auto: true for training on a GPU
     dtype: str = "auto"          # float32, bfloat16, or auto: bfloat16 on a GPU
     log_every: int = 100         # steps between lines of log.jsonl
@@ -86,7 +86,7 @@ class Config:
     sample: str = ""             # checkpoint to sample from, instead of training
     n: int = 0                   # number of samples; 0: ten of each class
     # These are about samples, and about the pictures that training draws.
-    classes: str = ""            # names or numbers with commas (all; in a .png ten), or random
+    classes: str = ""            # Sandal,Bag or 5,8 or random; if empty all, in a .png up to ten
     cfg_scale: float = 2.0       # guidance scale; 1: no guidance
     temperature: float = 1.0     # divides the logits
     top_k: int = 0               # keep the k likeliest codes; 0: all
@@ -96,10 +96,10 @@ class Config:
     image_size_eval: int = 0     # resize samples to this many pixels before saving
 
 
-# The rate that is used is 8e-3 * 64 / 256 = 2e-3.
-TINY = dict(steps=1200, batch=64, lr=8e-3, dropout=0.0, log_every=25, eval_every=200,
-            save_every=200)
+TINY = dict(steps=1200, batch=64, lr=8e-3,   # the rate used is 8e-3 * 64 / 256 = 2e-3
+            dropout=0.0, log_every=25, eval_every=200, save_every=200)
 
+# The flags that must be the same where a run is resumed.
 RECIPE = ("model patches lam steps batch lr lr_min warmup_epochs decay_frac weight_decay "
           "clip dropout class_dropout seed").split()
 
@@ -130,7 +130,10 @@ def npp_loss(logits, targets):
 
 
 def stages(total, patches, lam):
-    """-> [(p, first step, end)]: stage i of L ends at round(total * lam^(L-1-i)) (Sec. 3.2)"""
+    """Stage i of L ends at round(total * lam^(L-1-i)) (Sec. 3.2) -> [(p, first step, end)]
+
+    stages(100, (4, 2, 1), lam=0.5) is [(4, 0, 25), (2, 25, 50), (1, 50, 100)].
+    """
     result = []
     first = 0
     for i, p in enumerate(patches):
@@ -150,7 +153,8 @@ def stage(step, total, patches, lam):
 def lr_at(step, total, patches, lam, lr, lr_min, warmup, decay_frac):
     """Learning rate, in each stage afresh (Sec. 4.1): linear warm-up, plateau at lr, linear decay
 
-    warmup is in steps. The decay takes the last decay_frac of the stage and ends just above lr_min.
+    warmup is in steps. The decay takes the last decay_frac of the stage. Its next step would be the
+    first one at lr_min.
     """
     _, first, end = stage(step, total, patches, lam)
     warmup = max(1, min(warmup, (end - first) / 10))        # at most a tenth of the stage
@@ -168,9 +172,10 @@ def lr_at(step, total, patches, lam, lr, lr_min, warmup, decay_frac):
 def rope_2d(h, head_dim, device=None):
     """cos and sin (1 + h*h, head_dim/2, 2) for an h x h grid of patches, class position first
 
-    One half of the head turns with the row, the other with the column. Both are counted in patches,
-    whatever p is. The row of the class is cos = sin = 0. That makes its key 0, so every position
-    gives it score 0 (before the softmax): an oddity of LlamaGen that its weights were trained with.
+    One half of the head turns with the row, the other with the column. Both are counted in patches:
+    row 3 is farther down at p = 2 than at p = 1. The class has cos = sin = 0 in the table. That
+    turns its query and its key into 0, so its score is 0 at every position, before the softmax. It
+    is an oddity of LlamaGen that the published weights were trained with.
     """
     frequency = 10000 ** -(torch.arange(0, head_dim // 2, 2, device=device) / (head_dim // 2))
     angle = torch.arange(h, device=device)[:, None] * frequency         # (h, head_dim/4)
@@ -296,6 +301,9 @@ class Transformer(nn.Module):
         return self.cls_embedding["embedding_table"](labels)[:, None]   # (B, 1, D)
 
     def embed_patches(self, codes, p):
+        # Inputs are made here alone, in training and in sampling, so another way to aggregate a
+        # patch goes here. If it has weights, older files lack them, and load_model refuses those.
+        # If some p does not use them, DistributedDataParallel needs find_unused_parameters.
         return patchify(self.tok_embeddings(codes), p)                  # (B, N/K, D)
 
     def forward(self, codes, labels, p=1):
@@ -306,8 +314,8 @@ class Transformer(nn.Module):
         x = self.embed_patches(codes, p)                                # (B, N/K, D)
         x = torch.cat([self.embed_class(labels), x[:, :-1]], dim=1)     # (B, N/K, D)
         x = self.tok_dropout(x)
-        rope = rope_2d(self.grid // p, self.head_dim, x.device)         # class, then N/K patches
-        rope = rope[:-1]                                                # (N/K, head_dim/2, 2)
+        rope = rope_2d(self.grid // p, self.head_dim, x.device)         # of the class and patches
+        rope = rope[:-1]                    # without the dropped one     (N/K, head_dim/2, 2)
         for layer in self.layers:
             x = layer(x, rope)                                          # (B, N/K, D)
         return self.output(self.norm(x)).float()                        # (B, N/K, V)
@@ -338,19 +346,25 @@ def choose(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p < 1:
         probs, order = logits.softmax(-1).sort(descending=True)         # (B, V)
-        too_late = probs.cumsum(-1) - probs > top_p                     # likelier ones suffice
-        unlikely = too_late.gather(-1, order.argsort(-1))               # in the order of the codes
+        likelier = probs.cumsum(-1) - probs     # probability of all likelier codes together
+        unlikely = torch.zeros_like(logits, dtype=torch.bool)
+        unlikely = unlikely.scatter(-1, order, likelier > top_p)        # in the order of the codes
         logits = logits.masked_fill(unlikely, -math.inf)
     # float64: rounding must not select a code of probability 0
     cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)            # (B, V)
-    codes = torch.searchsorted(cdf, u.double() * cdf[:, -1:], right=True)
-    return codes.clamp(max=logits.shape[-1] - 1)    # V after NaN logits, which generate() refuses
+    u = u.double() * cdf[:, -1:]        # times the whole mass, 1 but for rounding
+    codes = torch.searchsorted(cdf, u, right=True)                      # the first with cdf > u
+    return codes.clamp(max=logits.shape[-1] - 1)    # NaN logits give V; generate() refuses them
 
 
-class Decoder:
-    """Runs a model one position at a time: decoder(x, i), x (B, 1, D) -> logits (B, V)"""
+class CachedModel:
+    """A model that runs one position at a time: cached(x, i), x (B, 1, D) -> logits (B, V)
 
-    def __init__(self, model, batch, p=1, compile=False):
+    It keeps the keys and values of the positions before i, so that each is computed once.
+    CompiledModel (section 8) is the same for a GPU.
+    """
+
+    def __init__(self, model, batch, p=1):
         h = model.grid // p
         weight = model.output.weight
         self.rope = rope_2d(h, model.head_dim, weight.device)
@@ -358,24 +372,13 @@ class Decoder:
         self.caches = [KVCache(batch, model.n_head, h * h, model.head_dim, like=weight)
                        for _ in model.layers]
         self.next_logits = model.next_logits
-        self.compiled = compile
-        if compile:
-            # A GPU computes a position faster than Python can launch its kernels. So they are
-            # recorded as a CUDA graph and replayed for every batch that this decoder draws.
-            # A graph always writes to the same memory, therefore the caches must not move.
-            self.next_logits = torch.compile(model.next_logits, mode="reduce-overhead",
-                                             dynamic=False)
-            for cache in self.caches:
-                torch._dynamo.mark_static_address(cache.k)
-                torch._dynamo.mark_static_address(cache.v)
+
+    def cache_length(self, i):
+        """How many positions of the caches to read at position i"""
+        return i + 1
 
     def __call__(self, x, i):
-        length = i + 1
-        if self.compiled:
-            # A graph has fixed shapes. One for all lengths would always attend to the whole cache,
-            # and one for each would be too many. So there are four.
-            quarter = math.ceil(len(self.positions) / 4)
-            length = min((i // quarter + 1) * quarter, len(self.positions))
+        length = self.cache_length(i)
         mask = (self.positions[:length] <= i)[None]                     # (1, length)
         position = self.positions[i : i + 1]
         return self.next_logits(x, self.rope[i : i + 1], self.caches, position, mask)
@@ -383,12 +386,13 @@ class Decoder:
 
 @torch.no_grad()
 def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, noise=None,
-             compile=False, p=1, decoder=None):
+             compile=False, p=1, cached=None):
     """Draw codes, one position after the other: labels (B,) -> codes (B, N)
 
     Classifier-free guidance takes the logits uncond + cfg_scale * (cond - uncond). noise: uniform
     numbers (B, N); the same noise gives the same image. p > 1 shows what a patch stage has learned:
-    all K codes of a patch are drawn from one distribution. Raises BadInput if logits are NaN.
+    all K codes of a patch are drawn from one distribution. cached: a CachedModel to use again.
+    Raises BadInput if logits are NaN.
     """
     was_training = model.training
     model.eval()
@@ -398,21 +402,22 @@ def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, 
     guided = cfg_scale != 1
     if guided:  # one batch of both: with the class, and with the null label
         labels = torch.cat([labels, torch.full_like(labels, model.classes)])
-    if decoder is None:
-        decoder = Decoder(model, len(labels), p, compile)
+    if cached is None:
+        kind = CompiledModel if compile else CachedModel
+        cached = kind(model, len(labels), p)
     finite = torch.ones((), dtype=torch.bool, device=labels.device)
 
     codes = []
     x = model.embed_class(labels)                                       # (B or 2B, 1, D)
     for i in range(noise.shape[1]):
-        logits = decoder(x, i)                                          # (B or 2B, V)
+        logits = cached(x, i)                                           # (B or 2B, V)
         if guided:
             cond, uncond = logits.chunk(2)
             logits = uncond + cfg_scale * (cond - uncond)               # (B, V)
         finite &= logits.isfinite().all()                               # looked at after the loop
         new = choose(logits, noise[:, i], temperature, top_k, top_p)    # (B, K)
         codes.append(new)
-        x = model.embed_patches(new, p)             # the next input      (B, 1, D)
+        x = model.embed_patches(new, p)     # K codes are one patch       (B, 1, D)
         if guided:
             x = torch.cat([x, x])
     model.train(was_training)
@@ -421,9 +426,9 @@ def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, 
     return rearrange(codes, "b (h w) (p1 p2) -> b (h p1 w p2)", h=model.grid // p, p1=p)
 
 
-def noise_of(seed, images, length):
-    """Uniform random numbers (len(images), length); those of image i depend on (seed, i) alone"""
-    rows = [np.random.default_rng((seed, 3, int(i))).random(length, np.float32) for i in images]
+def noise_of(seed, numbers, length):
+    """Uniforms (len(numbers), length) for the images of these numbers, by (seed, number) alone"""
+    rows = [np.random.default_rng((seed, 3, int(i))).random(length, np.float32) for i in numbers]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -473,12 +478,13 @@ def batch_at(data, step, cfg, rows=slice(None)):
     images = len(data.codes)
     position = np.arange(step * cfg.batch, (step + 1) * cfg.batch)      # over all epochs
     epoch, offset = np.divmod(position, images)
-    index = np.array([epoch_order(images, cfg.seed, e)[i] for e, i in zip(epoch, offset)])
+    index = [epoch_order(images, cfg.seed, e)[i] for e, i in zip(epoch, offset)]
+    index = np.array(index)[rows]
     rng = np.random.default_rng((cfg.seed, 1, step))
-    view = rng.integers(data.codes.shape[1], size=cfg.batch)
-    drop = rng.random(cfg.batch) < cfg.class_dropout
-    codes, labels = data.read((data.codes, data.labels), index[rows], view[rows])
-    labels[torch.from_numpy(drop[rows])] = len(data.meta["classes"])    # the null label
+    view = rng.integers(data.codes.shape[1], size=cfg.batch)[rows]
+    drop = rng.random(cfg.batch)[rows] < cfg.class_dropout
+    codes, labels = data.read((data.codes, data.labels), index, view)
+    labels[torch.from_numpy(drop)] = len(data.meta["classes"])          # the null label
     return codes, labels
 
 
@@ -491,13 +497,6 @@ def epoch_order(images, seed, epoch):
 # 6. Training
 
 
-def mean_over_ranks(tensor):
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-        tensor = tensor / dist.get_world_size()
-    return tensor
-
-
 def fetch(data, step, cfg, rows, device):
     codes, labels = batch_at(data, step, cfg, rows)
     if device.type == "cuda":  # a copy from pinned memory runs in the background
@@ -506,12 +505,10 @@ def fetch(data, step, cfg, rows, device):
 
 
 def build(cfg, meta, device):
-    """The model, from cfg.seed or cfg.init, and its optimizer"""
+    """-> a new model with the random weights of cfg.seed, and its optimizer"""
     torch.manual_seed(cfg.seed)
     model = Transformer(**SIZES[cfg.model], vocab=meta["vocab"], classes=len(meta["classes"]),
                         grid=meta["grid"], dropout=cfg.dropout)
-    if cfg.init and not os.path.exists(f"{cfg.out}/ckpt.pt"):  # a resumed run has its own weights
-        start_from(model, cfg.init)
     model.to(device)
     matrices = [w for w in model.parameters() if w.dim() >= 2]          # embeddings too
     vectors = [w for w in model.parameters() if w.dim() < 2]
@@ -534,16 +531,20 @@ class Loss(nn.Module):
 def train(cfg):
     """Train, or go on training, the run in cfg.out -> exit code
 
-    A resumed run is bit-exact on one CPU with the same micro_batch and dtype, for four reasons. The
-    checkpoint holds the weights and the optimizer's moments. Patch edge and learning rate follow
-    from the step. So does the batch, with its views and dropped labels. So does the dropout seed.
+    A resumed run is bit-exact on one CPU with the same micro_batch and dtype, for these reasons:
+    - the checkpoint holds the weights and the optimizer's moments;
+    - patch edge, learning rate and batch (with its views and dropped labels) follow from the step;
+    - dropout is seeded anew in each step, so there is no state of a random generator to keep.
     """
     rank, world_size, device = setup()
     data = Codes(cfg.data)
-    complete(cfg, data, world_size)
+    fill_in(cfg, data, world_size)
     model, optimizer = build(cfg, data.meta, device)
-    watcher = Watcher(cfg, data, model, optimizer, rank)
-    first = resume(f"{cfg.out}/ckpt.pt", cfg, data.meta, model, optimizer)
+    checkpoint = f"{cfg.out}/ckpt.pt"
+    if cfg.init and not os.path.exists(checkpoint):
+        start_from(model, cfg.init)
+    watcher = Watcher(cfg, data, model, optimizer, rank)                # takes the folder cfg.out
+    first = resume(checkpoint, cfg, data.meta, model, optimizer)
     watcher.start(first)
 
     loss_of = Loss(model)
@@ -551,15 +552,17 @@ def train(cfg):
         loss_of = nn.parallel.DistributedDataParallel(loss_of)
     if cfg.compile == "true":  # around DDP, which then exchanges gradients during the backward
         loss_of = torch.compile(loss_of, dynamic=False)                 # one graph for each p
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     peak_lr = cfg.lr * cfg.batch / 256
     warmup = cfg.warmup_epochs * len(data.codes) / cfg.batch            # in steps
-    share = cfg.batch // world_size                                     # images of this rank
-    rows = slice(rank * share, (rank + 1) * share)
-    micro_batch = cfg.micro_batch or share
-    pieces = share // micro_batch
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    # For example 256 images on 8 ranks are 32 for each, with micro_batch 8 in 4 pieces.
+    local_batch = cfg.batch // world_size
+    rows = slice(rank * local_batch, (rank + 1) * local_batch)
+    micro_batch = cfg.micro_batch if cfg.micro_batch else local_batch
+    pieces = local_batch // micro_batch
 
     for step in range(first, cfg.steps):
+        # From stage to stage only p changes. Weights and optimizer go on as they are.
         p, _, end = stage(step, cfg.steps, cfg.patches, cfg.lam)
         lr = lr_at(step, cfg.steps, cfg.patches, cfg.lam, peak_lr, cfg.lr_min, warmup,
                    cfg.decay_frac)
@@ -570,20 +573,20 @@ def train(cfg):
         torch.manual_seed(dropout_seed)
 
         # gradients add up over micro-batches, and after the last one DDP averages over ranks
-        total = torch.zeros((), device=device)
-        for i, piece in enumerate(zip(codes.split(micro_batch), labels.split(micro_batch))):
+        mean_loss = torch.zeros((), device=device)
+        for i, (c, y) in enumerate(zip(codes.split(micro_batch), labels.split(micro_batch))):
             sync = nullcontext()
             if world_size > 1 and i < pieces - 1:
-                sync = loss_of.no_sync()        # DDP asks for it in the forward
+                sync = loss_of.no_sync()        # DDP decides it in the forward, for the backward
             with sync, autocast:
-                loss = loss_of(*piece, p) / pieces
+                loss = loss_of(c, y, p) / pieces
             loss.backward()
-            total += loss.detach()                                      # .item() would wait
+            mean_loss += loss.detach()          # .item() would wait for the GPU
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         optimizer.step()
         optimizer.zero_grad()
 
-        stopped = watcher.after_step(step + 1, p, end, lr, total, norm)
+        stopped = watcher.after_step(step + 1, p, end, lr, mean_loss, norm)
         if stopped:
             return 130                                                  # as a signal asked for it
     watcher.finish()
@@ -591,13 +594,14 @@ def train(cfg):
 
 
 # -------------------------------------------------------------------------------------------------
-# The lesson ends here: 7 watches training and saves it, 8 draws samples, 9 reads the flags.
+# The lesson ends here. 7 watches training and saves it, 8 loads models and draws samples, 9 handles
+# signals and flags.
 #
 # 7. What only watches training, and saves it
 
 
 class Watcher:
-    """The log, the progress line, validation, pictures and checkpoints of a run"""
+    """Log, progress line, validation, pictures and checkpoints of a run, and whether to stop it"""
 
     def __init__(self, cfg, data, model, optimizer, rank):
         self.cfg = cfg
@@ -614,11 +618,11 @@ class Watcher:
         self.classes = class_numbers(wanted, data.meta["classes"], most=10)
         if rank == 0:
             self.lock = lock_folder(cfg.out)
-        wait_for_ranks()                                # the folder is ours
+        wait_for_ranks()                                # no rank reads the folder before it is ours
 
     def start(self, first):
         """Before the first step: cut the log, say where training stands"""
-        wait_for_ranks()                                # all have read ckpt.pt
+        wait_for_ranks()                                # rank 0 may write: all have read ckpt.pt
         self.first = first
         if self.rank == 0 and first == self.cfg.steps:
             say(f"{self.cfg.out} is finished after {first:,} steps")
@@ -630,19 +634,20 @@ class Watcher:
             say(f"{self.cfg.model}, {size:,} parameters; {self.data.meta['images']:,} images; "
                 f"steps {first:,} to {self.cfg.steps:,}; in {self.cfg.out}")
         interrupt.saves_first = True
-        self.start_time = self.window_start = time.time()
+        self.seconds = 0.0                              # of training alone, without pictures
+        self.window_start = time.time()
 
     def path(self, name):
         return os.path.join(self.cfg.out, name)
 
-    def after_step(self, done, p, end, lr, loss, norm):
+    def after_step(self, done, p, end, lr, step_loss, norm):
         """After `done` steps, in a stage that ends at `end` -> whether to stop here"""
         cfg = self.cfg
-        self.losses.append(loss)
-        stop = interrupt.time is not None and done < cfg.steps
+        self.losses.append(step_loss)
+        stop = interrupt.time is not None and done < cfg.steps          # a signal came (section 9)
         if dist.is_initialized():
             # Any rank may have got the signal. They ask each other seldom, as that takes time.
-            stop = done % 10 == 0 and mean_over_ranks(torch.tensor(float(stop))) > 0
+            stop = done % 10 == 0 and any_rank(stop)
         save = stop or done == end or done % cfg.save_every == 0
         evaluate = done == end or done % cfg.eval_every == 0
         if not save and not evaluate and done % cfg.log_every > 0:
@@ -651,7 +656,9 @@ class Watcher:
         loss = mean_over_ranks(torch.stack(self.losses).mean()).item()
         require(math.isfinite(loss) and math.isfinite(norm), f"the loss is {loss} at step {done}, "
                 f"the gradient norm {norm:g}: try a lower --lr; the last checkpoint is older")
-        speed = len(self.losses) * cfg.batch / (time.time() - self.window_start)
+        seconds = time.time() - self.window_start
+        self.seconds += seconds
+        speed = len(self.losses) * cfg.batch / seconds
         record = {"step": done, "p": p, "loss": loss, "lr": lr, "img_s": round(speed, 1)}
         if evaluate and self.data.val:
             record["val_loss"] = validate(self.model, self.data, cfg, self.device)
@@ -661,12 +668,12 @@ class Watcher:
                 self.save(f"ckpt_p{p}.pt", done)
                 self.save_samples(p)
             if save:
-                self.save("ckpt.pt", done)              # last, as resume trusts this file alone
-        # Every checkpoint ends a line of the log, so no losses wait for the next line.
+                self.save("ckpt.pt", done)              # last: resume looks at this file alone
+        # Each checkpoint comes with a line of the log, so a resumed run starts without losses too.
         self.losses = []
         self.window_start = time.time()
         if stop:
-            wait_for_ranks()                            # torchrun would kill one that still saves
+            wait_for_ranks()                            # or torchrun ends rank 0 while it saves
             if self.rank == 0:
                 say(f"\nstopped after step {done:,}: the same command goes on from there")
         return stop
@@ -682,9 +689,10 @@ class Watcher:
         text = "step {step:,}  p {p}  loss {loss:.3f}  {img_s:,.0f} img/s".format(**record)
         if "val_loss" in record:
             text += f"  val (p 1) {record['val_loss']:.3f}"
-        before, now, total = [self.work(x) for x in (self.first, record["step"], self.cfg.steps)]
-        left = (time.time() - self.start_time) * (total - now) / (now - before)
-        progress(f"{now / total:4.0%}  {text}", left)
+        before = self.work(self.first)
+        now = self.work(record["step"])
+        total = self.work(self.cfg.steps)
+        progress(f"{now / total:4.0%}  {text}", self.seconds * (total - now) / (now - before))
 
     def work(self, until):
         """Work done until a step: a step on patches costs about 1/p^2 of one on single codes"""
@@ -701,7 +709,9 @@ class Watcher:
                 save_images(self.path("samples.png"), images, labels.numpy())
 
     def save(self, name, step):
-        """A checkpoint: what the data are (data.meta), the step, flags, weights and optimizer"""
+        """A checkpoint: step, flags, weights, optimizer, and all of data.meta (vocab, grid, images,
+        classes, tokenizer and its sha256, ..), so that samples need no data set
+        """
         state = dict(self.data.meta, step=step, config=asdict(self.cfg),
                      model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
         replace_file(self.path(name), lambda f: torch.save(state, f))
@@ -710,16 +720,29 @@ class Watcher:
         if self.rank > 0 or self.tokenizer is None:
             return
         command = f"python npp.py --sample {self.path('ckpt.pt')}"
-        say(f"\nsee {self.path('samples.png')}, one class per row; then try\n"
+        rows = ", ".join(self.data.meta["classes"][i] for i in self.classes)
+        say(f"\nsee {self.path('samples.png')}, row by row {rows}; then try\n"
             f"{command} --cfg_scale 4 --out strong.png")
         reference = os.path.join(self.cfg.data, "reference.npz")
         if os.path.exists(reference):
             say(f"{command} --n 1000 --out samples.npz && python fid.py samples.npz {reference}")
 
 
+def mean_over_ranks(tensor):
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor = tensor / dist.get_world_size()
+    return tensor
+
+
+def any_rank(flag):
+    """Whether the flag is set on at least one rank"""
+    return mean_over_ranks(torch.tensor(float(flag))).item() > 0
+
+
 @torch.no_grad()
 def validate(model, data, cfg, device):
-    """Mean loss at p = 1 over up to 2,048 validation images"""
+    """Mean loss over up to 2,048 validation images, at p = 1 in all stages: so they compare"""
     n = len(data.val[0])
     codes, labels = data.read(data.val, np.linspace(0, n - 1, min(2048, n)).astype(int))
     total = 0.0
@@ -760,7 +783,7 @@ def resume(path, cfg, meta, model, optimizer):
     return step
 
 
-def complete(cfg, data, world_size):
+def fill_in(cfg, data, world_size):
     """Fill in steps and out, and refuse what cannot be trained"""
     if not cfg.out:
         cfg.out = f"out/{cfg.model}"
@@ -822,8 +845,8 @@ def load_model(path, n_head=None, grid=None):
     """
     saved = load_file(path)
     try:
-        state = saved  # the weights are the file itself, or under one of these names
-        for key in ("model", "module", "state_dict"):
+        state = saved                                   # the weights themselves, or under a name
+        for key in ("model", "module", "state_dict"):   # ours and LlamaGen's, DeepSpeed's, others
             state = saved.get(key, state)
         vocab, dim = state["tok_embeddings.weight"].shape
         classes = len(state["cls_embedding.embedding_table.weight"]) - 1
@@ -877,24 +900,47 @@ def class_numbers(text, names, most):
     return torch.tensor([known[name] for name in text.split(",")])
 
 
+class CompiledModel(CachedModel):
+    """A CachedModel whose steps are compiled and, on a GPU, replayed as CUDA graphs
+
+    A GPU computes a position faster than Python can launch its kernels. A CUDA graph is a recording
+    of them that is launched at once. It is replayed for every batch that this object draws.
+    """
+
+    def __init__(self, model, batch, p=1):
+        super().__init__(model, batch, p)
+        self.next_logits = torch.compile(model.next_logits, mode="reduce-overhead", dynamic=False)
+        for cache in self.caches:  # a graph reads and writes the same memory each time
+            torch._dynamo.mark_static_address(cache.k)
+            torch._dynamo.mark_static_address(cache.v)
+
+    def cache_length(self, i):
+        """A graph has fixed shapes. One for each length would be too many, and one for all would
+        always read whole caches. So there are four; the mask hides the positions after i.
+        """
+        quarter = math.ceil(len(self.positions) / 4)
+        return min((i // quarter + 1) * quarter, len(self.positions))
+
+
 def draw(model, tokenizer, labels, cfg, p=1, rank=0, world_size=1):
     """labels (n,) -> chunks of uint8 images (b, S, S, 3), in order; every rank gets those of all
 
-    Example: 7 images in chunks of 2 on 2 ranks. First rank 0 draws images 0 and 1 while rank 1
-    draws 2 and 3, then 4 and 5 while rank 1 draws 6 and 0. The second image 0 is cut off. (Chunks
-    of one size need one compiled model.)
+    All chunks have one size, as a compiled model wants it. So the last ones are filled up with
+    images from the start, which are cut off. 7 images in chunks of 2 on 2 ranks:
+        rank 0 draws 0 1 and 4 5
+        rank 1 draws 2 3 and 6 0
     """
     device = model.output.weight.device
     n = len(labels)
     chunk = min(math.ceil(n / world_size), cfg.micro_batch or 100)
-    sequences = chunk if cfg.cfg_scale == 1 else 2 * chunk
-    decoder = Decoder(model, sequences, p, compile=bool(cfg.sample) and cfg.compile == "true")
-    start = time.time()
+    kind = CompiledModel if cfg.sample and cfg.compile == "true" else CachedModel
+    cached = kind(model, chunk if cfg.cfg_scale == 1 else 2 * chunk, p)
+    start_time = time.time()
     for first in range(0, n, chunk * world_size):
         index = (first + rank * chunk + torch.arange(chunk)) % n
         noise = noise_of(cfg.seed, index, model.grid**2).to(device)
         codes = generate(model, labels[index].to(device), cfg.cfg_scale, cfg.temperature, cfg.top_k,
-                         cfg.top_p, noise, p=p, decoder=decoder)
+                         cfg.top_p, noise, p=p, cached=cached)
         codes = rearrange(codes, "b (h w) -> b h w", h=model.grid)
         images = torch.cat([tokenizer.decode(x) for x in codes.split(25)])  # few, to fit memory
         if cfg.image_size_eval:
@@ -907,7 +953,7 @@ def draw(model, tokenizer, labels, cfg, p=1, rank=0, world_size=1):
         yield images[: n - first].numpy()
         if cfg.sample and rank == 0:
             done = min(n, first + chunk * world_size)
-            speed = done / (time.time() - start)
+            speed = done / (time.time() - start_time)
             progress(f"{done:,} of {n:,} images  {speed:,.1f} img/s", (n - done) / speed)
 
 
@@ -929,8 +975,9 @@ def sample(cfg):
     if model.meta["grid"] is None:
         model.grid = (cfg.image_size or 256) // tokenizer.factor
     pixels = model.grid * tokenizer.factor
-    require(pixels > 0 and cfg.image_size in (0, pixels),
-            f"image_size is {cfg.image_size}, expected {max(pixels, tokenizer.factor)}")
+    require(pixels > 0, f"image_size is {cfg.image_size}, expected {tokenizer.factor} or more")
+    require(cfg.image_size in (0, pixels),
+            f"image_size is {cfg.image_size}, expected {pixels}")
     model.to(device, getattr(torch, cfg.dtype))
 
     if cfg.classes == "random":
@@ -962,7 +1009,7 @@ class Interrupt:
     time = None                                         # of the first signal while training
 
     def __call__(self, number, frame):
-        # A second signal within two seconds is torchrun, which passes a Ctrl-C on.
+        # A signal within two seconds is not a second Ctrl-C, but torchrun, which passes it on.
         if self.saves_first and self.time is None:
             self.time = time.monotonic()
         elif not self.saves_first or time.monotonic() > self.time + 2:
@@ -994,7 +1041,8 @@ def progress(text, seconds_left):
 def parse(argv):
     """Every field of Config is a flag -> Config. Raises BadInput."""
     own = ", ".join(f"{name} {value:g}" for name, value in TINY.items())
-    text = f"{__doc__}\n{inspect.getsource(Config)}\nThe size tiny brings its own: {own}"
+    text = (f"{__doc__}\nEvery field below is a flag, such as --model B --patches 4,2,1. "
+            f"The model tiny has its own\ndefaults: {own}.\n\n{inspect.getsource(Config)}")
     parser = Parser("npp.py", "%(prog)s [--FLAG VALUE ..]", text, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
@@ -1002,15 +1050,15 @@ def parse(argv):
         parser.add_argument(f"--{f.name}", type=kind, default=argparse.SUPPRESS,
                             help=argparse.SUPPRESS)
     given = vars(parser.parse_args(argv))
-    recipe = {}
+    values = {}
     if given.get("model", "tiny") == "tiny":
-        recipe.update(TINY)
-    if "epochs" in given:
-        recipe["steps"] = 0
-    recipe.update(given)
-    cfg = Config(**recipe)
+        values.update(TINY)
+    if "epochs" in given:  # instead of tiny's steps; --steps wins over both
+        values["steps"] = 0
+    values.update(given)
+    cfg = Config(**values)
 
-    for name, value in recipe.items():
+    for name, value in values.items():
         if isinstance(value, (int, float)):
             limit = 2**31 if isinstance(value, int) else math.inf
             require(0 <= value < limit, f"{name} is {value}, expected 0 or more, below {limit}")

@@ -370,10 +370,10 @@ def test_an_image_does_not_depend_on_its_batch():
 def test_compiled_sampling_gives_the_same_codes_for_every_batch(p):
     torch._dynamo.reset()
     model, labels = small_model(), torch.tensor([0, 1])
-    decoder = npp.Decoder(model, 4, p, compile=True)
+    cached = npp.CompiledModel(model, 4, p)
     for _ in range(2):
         noise = torch.rand(2, 16)
-        assert torch.equal(npp.generate(model, labels, 2.0, noise=noise, p=p, decoder=decoder),
+        assert torch.equal(npp.generate(model, labels, 2.0, noise=noise, p=p, cached=cached),
                            npp.generate(model, labels, 2.0, noise=noise, p=p))
 
 
@@ -976,11 +976,11 @@ def test_a_step_on_a_gpu_waits_for_nothing():
 def test_graphs_on_a_gpu_draw_what_single_steps_draw(p):
     model = small_model(grid=8).cuda()
     labels = torch.tensor([0, 1, 2], device="cuda")
-    decoder = npp.Decoder(model, 6, p, compile=True)        # kept, for its graphs to be replayed
+    cached = npp.CompiledModel(model, 6, p)        # kept, for its graphs to be replayed
     for _ in range(3):
         noise = torch.rand(3, 64, device="cuda")
         plain = npp.generate(model, labels, 2.0, noise=noise, p=p)
-        graphs = npp.generate(model, labels, 2.0, noise=noise, p=p, decoder=decoder)
+        graphs = npp.generate(model, labels, 2.0, noise=noise, p=p, cached=cached)
         assert torch.equal(plain, graphs)
 
 # ---- 10. the command line -----------------------------------------------------------------------

@@ -21,6 +21,7 @@ Shapes: B images of S x S pixels, h = w = S/f codes a side, D numbers in a vecto
 
 import argparse
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -98,7 +99,9 @@ def load_json(path):
     try:
         with open(path) as file:
             return dict(json.load(file))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, TypeError, RecursionError) as error:
         raise BadInput(f"{path}: expected what tokenizer.py encode writes ({error!r})") from None
 
 
@@ -704,8 +707,8 @@ def encode(args):
     """Write codes, labels, meta.json and a copy of the tokenizer into OUT, the data set of npp.py
 
     Unreadable images are named and left out; then the exit code is 2. The same command goes on
-    after a kill: each chunk of images becomes a file in OUT/codes.part. With several processes the
-    codes are the same.
+    after a kill: each chunk of images becomes a file in OUT/codes.part. Several processes, started
+    by torchrun, share the work and write the same codes as one.
     """
     rank, world_size, device = setup()
     sizes = [args.image_size]
@@ -805,14 +808,14 @@ def show_progress(done, total, start):
     """How much of the work of the first rank is done and the time left, on one line"""
     if os.environ.get("RANK", "0") == "0":
         left = timedelta(seconds=round((time.time() - start) / done * (total - done)))
-        print(f"{done:,} of {total:,}, {left} left ", end="\r", flush=True)
+        print(f"part {done:,} of {total:,}, {left} left ", end="\r", flush=True)
 
 
 # ---- 8. Codes as images
 
 
 def show(args):
-    """Decode stored codes: ten images each of up to ten classes, spread evenly, a class a row"""
+    """Decode stored codes: ten images of each of up to ten classes, one class per row"""
     _, _, device = setup()
     meta = read_meta(args.data)
     codes, labels = open_codes(args.data, meta, SUFFIX[args.split])
@@ -837,10 +840,10 @@ def show(args):
 
 
 def reconstruct(args):
-    """Images to codes and back, and the PSNR of what is left of them
+    """Images to codes and back, and the PSNR of the reconstructions
 
-    OUT is a .png, rows of images with that below each, or an .npz of all, whose FID is the one
-    to beat for a model on these codes.
+    OUT is a .png, rows of images and below each its reconstruction, or an .npz of all
+    reconstructions. Their FID is a bound for every model on these codes.
     """
     _, _, device = setup()
     is_npz = args.out.endswith(".npz")
@@ -922,8 +925,15 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows each default, and the description in its own lines"""
+
+
 def integers(text):
-    return tuple(int(x) for x in text.split(","))
+    try:
+        return tuple(int(x) for x in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected whole numbers like 4,2,1") from None
 
 
 def numbers(text):
@@ -937,20 +947,20 @@ def parse(argv):
                                      help="COMMAND --help lists its flags")
     limits = {}  # of the numbers
 
-    def command(run, source):
+    def command(run, source, out):
         added = commands.add_parser(run.__name__, help=run.__doc__.splitlines()[0],
-                                    description=run.__doc__, allow_abbrev=False,
-                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                    description=inspect.cleandoc(run.__doc__), allow_abbrev=False,
+                                    formatter_class=HelpFormatter)
         added.set_defaults(run=run)
-        added.add_argument(source)
-        added.add_argument("out")
+        added.add_argument(source, help=f"as {source.upper()} in tokenizer.py --help")
+        added.add_argument("out", help=f"{out} to write")
         return added
 
     def number(command, name, default, lowest, highest, text, kind=int):
         command.add_argument(f"--{name}", type=kind, default=default, help=text)
         limits[name] = (lowest, highest)
 
-    one = command(train, "images")
+    one = command(train, "images", "file")
     number(one, "image_size", 256, 1, 1024, "pixels a side")
     number(one, "steps", 12000, 1, 2**31, "steps")
     number(one, "batch", 16, 1, 65536, "images a step")
@@ -958,24 +968,28 @@ def parse(argv):
     number(one, "seed", 0, 0, 2**31, "of weights and batches")
     number(one, "codebook_size", 256, 1, 65536, "codes")
     number(one, "ch", 32, 1, 1024, "channels, a multiple of 32")
-    number(one, "ch_mult", (1, 1, 2), 1, 16, "1,2,..: channels of each level, times ch", integers)
+    number(one, "ch_mult", "1,1,2", 1, 16, "channels of each level, times ch", integers)
     number(one, "z_channels", 32, 1, 4096, "channels before the codebook")
 
-    one = command(encode, "images")
-    one.add_argument("--tokenizer", required=True, help="its file")
+    one = command(encode, "images", "folder")
+    one.add_argument("--tokenizer", required=True, default=argparse.SUPPRESS,
+                     help="its file")
     number(one, "image_size", 256, 1, 1024, "pixels a side")
-    one.add_argument("--split", choices=["train", "val"], default="train", help="of the data set")
+    one.add_argument("--split", choices=["train", "val"], default="train",
+                     help="part of the data set, to train on or to validate with")
     one.add_argument("--views", choices=["center", "one", "ten_crop"], default="center",
                      help="center has the mirror image too, one has not; val: center or one")
-    number(one, "scales", [1.1], 1, 4, "1.1,..: what ten_crop cuts from, in multiples of "
-           "image_size; 1.1,1.05: 20 views", numbers)
+    number(one, "scales", "1.1", 1, 4, "sizes that ten_crop cuts from, in multiples of "
+           "image_size; 1.1,1.05 makes 20 views", numbers)
 
-    one = command(show, "data")
+    one = command(show, "data", ".png")
     one.add_argument("--tokenizer", help="its file, if not the one that the data set names")
-    one.add_argument("--split", choices=["train", "val"], default="train", help="of the data set")
+    one.add_argument("--split", choices=["train", "val"], default="train",
+                     help="part of the data set, to train on or to validate with")
 
-    one = command(reconstruct, "images")
-    one.add_argument("--tokenizer", required=True, help="its file")
+    one = command(reconstruct, "images", ".png or .npz")
+    one.add_argument("--tokenizer", required=True, default=argparse.SUPPRESS,
+                     help="its file")
     number(one, "image_size", 256, 1, 1024, "pixels a side")
     number(one, "margin", 0, 0, 1024, "pixels a side that the PSNR leaves out")
 

@@ -66,13 +66,11 @@ def cost(size, patches=(2, 1), lam=0.5, vocab=16384, grid=16):
 
     of_stages = []
     average = 0.0
-    first = 0.0
-    for i, p in enumerate(patches):
+    steps = 10**12                                          # so many that rounding does not show
+    for p, first, end in npp.stages(steps, patches, lam):
         of_stage = weights * (grid**2 // p**2 + 1)
-        end = lam ** (len(patches) - 1 - i)                 # share of the steps done by then
-        average += (end - first) * of_stage
+        average += (end - first) / steps * of_stage
         of_stages.append(of_stage)
-        first = end
     return average, of_stages
 
 
@@ -114,9 +112,9 @@ def plan(argv):
         share = (end - first) / steps * x / average
         print(f"{p:3} {end - first:11,} {positions:10,} {x / 1e9:25.2f} {share:7.1%}")
     flop = 6 * average * steps * args.batch                 # 2 x (1 forward + 2 backward)
-    print(f"average {average / 1e9:.2f}, {average / next_token:.4f} of the {next_token / 1e9:.2f} "
-          f"of plain next-token prediction; {duration(flop / (args.tflops * 1e12))} at "
-          f"{args.tflops:g} TFLOP/s")
+    print(f"average {average / 1e9:.2f}: {average / next_token:.4f} of the {next_token / 1e9:.2f} "
+          f"of plain next-token prediction\ntraining, forward and backward: "
+          f"{duration(flop / (args.tflops * 1e12))} on a GPU that reaches {args.tflops:g} TFLOP/s")
 
 
 def duration(seconds):
@@ -356,9 +354,9 @@ def sampler(args, model, official, who, n, scale):
     labels = torch.arange(n, device=args.device) % 1000
     if who == "ours eager":
         return partial(npp.generate, model, labels, float(scale))
-    if who == "ours compiled":  # the decoder is kept, so its CUDA graphs are recorded once
-        decoder = npp.Decoder(model, n * scale, compile=True)
-        return partial(npp.generate, model, labels, float(scale), decoder=decoder)
+    if who == "ours compiled":  # it is kept, so its CUDA graphs are recorded once
+        cached = npp.CompiledModel(model, n * scale)
+        return partial(npp.generate, model, labels, float(scale), cached=cached)
     network = official.model
     if who == "official compiled":  # as in the official script
         network = torch.compile(network, mode="reduce-overhead", fullgraph=True)

@@ -714,20 +714,25 @@ def report(args):
 
 
 def parse(argv):
-    parser = bench.Parser("evidence.py", description=__doc__)
+    runs = "\n".join(f"    {name:22}{variant.what}" for name, variant in VARIANTS.items())
+    parser = bench.Parser("evidence.py", description=f"{__doc__}\nThe runs:\n{runs}")
     parser.add_argument("command", choices=("run", "report"))
-    parser.add_argument("--only", default="", help=f"runs, with commas: {', '.join(VARIANTS)}")
-    parser.add_argument("--seeds", type=npp.integers, default=(0, 1, 2), help="with commas")
-    parser.add_argument("--size", default="tiny", help="of the model")
-    parser.add_argument("--steps", type=int, default=1200, help="of a run that has all of them")
-    parser.add_argument("--lr", default="", help="as npp.py's, whose own is the default")
-    parser.add_argument("--dropout", default="", help="as npp.py's, whose own is the default")
-    parser.add_argument("--images", type=int, default=0, help="to train on, the first so many")
-    parser.add_argument("--samples", type=int, default=5000, help="to score")
+    parser.add_argument("--only", default="", metavar="RUN,RUN",
+                        help="names of the runs to do, with commas; all if left out")
+    parser.add_argument("--seeds", type=npp.integers, default=(0, 1, 2),
+                        help="numbers with commas, each a run of its own")
+    parser.add_argument("--size", default="tiny", help="size of the model")
+    parser.add_argument("--steps", type=int, default=1200,
+                        help="training steps; runs at equal cost have their share of them")
+    parser.add_argument("--lr", default="", help="learning rate for 256 images, if not npp.py's")
+    parser.add_argument("--dropout", default="", help="dropout, if not npp.py's")
+    parser.add_argument("--images", type=int, default=0,
+                        help="train on the first so many images; 0: on all")
+    parser.add_argument("--samples", type=int, default=5000, help="samples to draw and score")
     parser.add_argument("--results", default=os.path.join(HERE, "evidence.jsonl"),
-                        help="file of lines")
+                        help="file that gets a line for each run")
     parser.add_argument("--out", default=os.path.join(ROOT, "out", "evidence"),
-                        help="folder of checkpoints")
+                        help="folder of the checkpoints")
     return parser.parse_args(argv)
 
 
