@@ -199,7 +199,7 @@ class Inception(nn.Module):
         x = F.max_pool2d(x, 3, stride=2)                          # (B, 192, 35, 35)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))        # (B, 288, 35, 35)
         x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))  # (B, 768, 17, 17)
-        spatial = rearrange(x[:, :7], "b c h w -> b (h w c)")     # the first of its branch1x1
+        spatial = rearrange(x[:, :7], "b c h w -> b (h w c)")     # 7 channels of its branch1x1
         x = self.Mixed_6e(x)
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))        # (B, 2048, 8, 8)
         return x.mean((2, 3)), spatial
@@ -286,7 +286,8 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     That is free of the covariances' null spaces, whose rounding errors a square root blows up."""
     def factor(cov):  # (d, d) of rank r -> (d, r), by pivoted Cholesky
         lower, pivots, rank, _ = lapack.dpstrf(cov, lower=1)
-        return np.tril(lower)[np.argsort(pivots), :rank]
+        order = np.argsort(pivots)                                # undoes the pivoting
+        return np.tril(lower)[order, :rank]
 
     product = factor(cov1).T @ factor(cov2)                       # (r1, r2)
     if product.shape[0] > product.shape[1]:
@@ -308,8 +309,10 @@ def inception_score(logits, split=5000):
 
 
 def precision_recall(reference, samples, k=3):
-    """Features (m, d), (n, d) -> share of the samples that lie no farther from some reference than
-    its k-th neighbour in the reference, and the reverse (Kynkaanniemi et al. 2019)"""
+    """Features (m, d), (n, d) -> precision, recall (Kynkaanniemi et al. 2019)
+
+    Around each point of a set lies a ball that reaches to its k-th neighbour in the set. Precision
+    is the share of the samples inside some ball of the reference, recall is the reverse."""
     def share(x, manifold):
         # The nearest neighbour of a point is the point itself, and kthvalue counts from 1.
         radii = [torch.cdist(part, manifold).kthvalue(k + 1).values for part in manifold.split(500)]
@@ -401,7 +404,7 @@ def open_reference(path, net):
         return [], Images(path)
     statistics = []
     with reading(path, f"an .npz made with {net.path}"), NpzFile(path) as arrays:
-        digest = str(arrays.get("sha256", net.sha256))
+        digest = str(arrays.get("sha256", net.sha256))            # ADM's files name none
         require(digest == net.sha256, f"its network's sha256 is {digest}, not {net.sha256}")
         for suffix, d in zip(["", "_s"], net.widths):
             if "mu" + suffix not in arrays:

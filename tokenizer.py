@@ -211,11 +211,11 @@ class Level(nn.Module):
 
 
 def encoder(ch, ch_mult, z_channels):
-    """Images (B, 3, S, S) -> features (B, z_channels, h, w); the parts run in this order"""
+    """Images (B, 3, S, S) -> features (B, z_channels, h, w)"""
     widths = [ch] + [ch * multiple for multiple in ch_mult]
     width = widths[-1]
     last = len(ch_mult) - 1
-    parts = nn.Sequential()
+    parts = nn.Sequential()  # it runs what is assigned to it in the order of assignment
     parts.conv_in = conv3x3(3, ch)
     parts.conv_blocks = nn.Sequential()
     for i in range(len(ch_mult)):
@@ -303,8 +303,8 @@ def load_tokenizer(path, device="cpu", meta=None):
         codebook_size, codebook_dim = state["quantize.embedding.weight"].shape
         ch = len(state["encoder.conv_in.bias"])
         z_channels = len(state["encoder.conv_out.bias"])
-        biases = [f"encoder.conv_blocks.{i}.res.0.conv1.bias" for i in range(9)]
-        ch_mult = [len(state[name]) // ch for name in biases if name in state]
+        biases = [f"encoder.conv_blocks.{level}.res.0.conv1.bias" for level in range(9)]
+        ch_mult = [len(state[name]) // ch for name in biases if name in state]  # of up to 9 levels
         model = VQModel(codebook_size, codebook_dim, ch, ch_mult, z_channels)
         model.load_state_dict(state)
     except Exception as error:  # a foreign file fails in any of these lines, in its own way
@@ -563,7 +563,7 @@ def train(args):
         require(math.isfinite(error), f"--lr is {args.lr}: the loss is {squared_error.item()} at "
                                       f"step {step + 1}, expected a number; nothing is written")
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
-            mean_error = error / (step % 100 + 1)
+            mean_error = error / (step % 100 + 1)  # over the steps since the last line
             psnr = 10 * np.log10(4 / mean_error)  # the range from -1 to 1, squared, is 4
             print(f"step {step + 1:,} of {args.steps:,}  PSNR {psnr:.2f} dB  "
                   f"{int((used > 0).sum())} codes in use", flush=True)
@@ -723,10 +723,10 @@ def encode(args):
             "image_size": args.image_size, "classes": data.classes, "tokenizer": "tokenizer.pt",
             "tokenizer_sha256": sha256(args.tokenizer), "made_by": "tokenizer.py encode"}
     if args.split == "val":
+        # A split whose images came without names of classes has classes named 0, 1, 2, ..
         names = read_meta(args.out)["classes"]
-        numbers = [str(i) for i in range(len(data.classes))]
-        # One of the two splits may have come without names.
-        if names == numbers or (data.classes == numbers and len(numbers) <= len(names)):
+        unnamed = [str(i) for i in range(len(data.classes))]
+        if names == unnamed or (data.classes == unnamed and len(unnamed) <= len(names)):
             meta["classes"] = names
         require_same(f"{args.out}/meta.json", meta, SHARED, "the train split has other codes")
 
@@ -749,9 +749,9 @@ def encode(args):
         if not os.path.exists(path) or len(read_part(path, "labels")) < len(parts[path]):
             to_do.append(path)
     start = time.time()
-    images = data.read([parts[path] for path in to_do])
+    upcoming = data.read([parts[path] for path in to_do])
     for done, path in enumerate(to_do, 1):
-        encode_part(path, next(images), data.labels[parts[path]], model, args)
+        encode_part(path, next(upcoming), data.labels[parts[path]], model, args)
         show_progress(done, len(to_do), start)
     wait_for_ranks()
     if rank > 0:
@@ -786,7 +786,7 @@ def encode_part(path, futures, labels, model, args):
         except BadInput as error:
             complain(error)
     codes = []
-    for same_size in zip(*images):
+    for same_size in zip(*images):  # from one item per image to one batch per size
         batch = from_uint8(np.stack(same_size)).to(device)
         for view in crops(batch, args.image_size, args.views):
             pieces = [model.encode(piece) for piece in view.split(16)]  # to fit into memory

@@ -112,7 +112,7 @@ def plan(argv):
         share = (end - first) / steps * x / average
         print(f"{p:3} {end - first:11,} {positions:10,} {x / 1e9:25.2f} {share:7.1%}")
     flop = 6 * average * steps * args.batch                 # 2 x (1 forward + 2 backward)
-    print(f"average {average / 1e9:.2f}: {average / next_token:.4f} of the {next_token / 1e9:.2f} "
+    print(f"average {average / 1e9:.2f}, {average / next_token:.4f} of the {next_token / 1e9:.2f} "
           f"of plain next-token prediction\ntraining, forward and backward: "
           f"{duration(flop / (args.tflops * 1e12))} on a GPU that reaches {args.tflops:g} TFLOP/s")
 
