@@ -99,9 +99,7 @@ def load_json(path):
     try:
         with open(path) as file:
             return dict(json.load(file))
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise BadInput(f"{path}: expected what tokenizer.py encode writes ({error!r})") from None
 
 
