@@ -26,14 +26,21 @@ def write_data(folder, images=96, vocab=16, grid=4, classes=3, views=2):
     os.makedirs(folder)
     rng = np.random.default_rng(0)
     labels = rng.integers(classes, size=images)
-    codes = labels[:, None, None] + np.arange(grid**2) + rng.integers(3, size=(images, views, 1))
+    noise = rng.integers(3, size=(images, views, 1))
+    codes = labels[:, None, None] + np.arange(grid**2) + noise
     codes = (codes % vocab).astype(np.uint8)
     np.save(folder / "codes.npy", codes)
     np.save(folder / "labels.npy", labels)
     np.save(folder / "codes_val.npy", codes[:32])
     np.save(folder / "labels_val.npy", labels[:32])
-    meta = {"vocab": vocab, "grid": grid, "image_size": 4 * grid, "tokenizer": None,
-            "tokenizer_sha256": None, "classes": [f"class {i}" for i in range(classes)]}
+    meta = {
+        "vocab": vocab,
+        "grid": grid,
+        "image_size": 4 * grid,
+        "classes": [f"class {i}" for i in range(classes)],
+        "tokenizer": None,
+        "tokenizer_sha256": None,
+    }
     (folder / "meta.json").write_text(json.dumps(meta))
     return str(folder)
 
@@ -43,16 +50,17 @@ def data(tmp_path):
     return write_data(tmp_path / "data")
 
 
-def config(data, variant, *more):
-    patches = ",".join(str(p) for p in variant.patches)
-    return npp.parse(["--data", data, "--steps", str(STEPS), "--batch", "8", "--lr", "0.03",
-                      "--patches", patches, "--lam", str(variant.lam), *more])
+def short_run(data):
+    """Flags of npp.py"""
+    return ["--data", data, "--steps", str(STEPS), "--batch", "8", "--lr", "0.03"]
 
 
 def train(data, variant, path, *more):
     """-> model, validation losses"""
-    model, validation, _ = evidence.train(variant, config(data, variant, *more), npp.Codes(data),
-                                          str(path))
+    patches = ",".join(str(p) for p in variant.patches)
+    flags = ["--patches", patches, "--lam", str(variant.lam)]
+    config = npp.parse(short_run(data) + flags + list(more))
+    model, validation, _ = evidence.train(variant, config, npp.Codes(data), str(path))
     return model, validation
 
 
@@ -72,12 +80,13 @@ def test_weights_and_losses_equal_those_of_npp_bit_for_bit(data, tmp_path, name,
     dropout = flags[2:] if "--dropout" in flags else []
     model, validation = train(data, evidence.VARIANTS[name], tmp_path / "ours.pt", *dropout)
     out = tmp_path / "npp"
-    assert npp.main(["--data", data, "--out", str(out), "--steps", str(STEPS), "--batch", "8",
-                     "--lr", "0.03", "--eval_every", str(STEPS), *flags]) == 0
+    command = short_run(data) + ["--out", str(out), "--eval_every", str(STEPS)]
+    assert npp.main(command + flags) == 0
     saved = torch.load(out / "ckpt.pt", weights_only=True)
-    assert saved["step"] == STEPS and same(model.state_dict(), saved["model"])
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert validation[-1] == [STEPS, lines[-1]["val_loss"]]
+    assert saved["step"] == STEPS
+    assert same(model.state_dict(), saved["model"])
+    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert validation[-1] == [STEPS, last["val_loss"]]
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_numbers(data, tmp_path):
@@ -86,15 +95,16 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(data, tmp_path):
     path = tmp_path / "killed.pt"
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import test_evidence as t;"
             "t.train(sys.argv[2], t.evidence.VARIANTS['optimizer_reset'], sys.argv[3])")
-    child = subprocess.Popen([sys.executable, "-c", code, HERE, data, str(path)],
-                             stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-c", code, HERE, data, str(path)]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not path.exists():
         assert child.poll() is None
         time.sleep(0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
     resumed, of_both = train(data, variant, path)
-    assert same(whole.state_dict(), resumed.state_dict()) and of_both == validation
+    assert same(whole.state_dict(), resumed.state_dict())
+    assert of_both == validation
 
 
 def test_a_stage_of_no_steps_is_refused(data, tmp_path):
@@ -134,7 +144,8 @@ def test_rescaled_averages_are_as_large_as_embeddings():
 
 def test_averaged_positions_put_patches_p_codes_apart():
     torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 1, 32).expand(2, 1, 1, 65, 32)  # the same vector everywhere
+    same_everywhere = torch.randn(2, 1, 1, 1, 32).expand(2, 1, 1, 65, 32)
+    q, k = same_everywhere
     codes = npp.rope_2d(8, 32)
     patches = evidence.rope_of_averages(8, 32, 2)
 
@@ -143,9 +154,10 @@ def test_averaged_positions_put_patches_p_codes_apart():
         at_j = npp.rotate(k[:, :, j:j + 1], rope[j:j + 1])
         return (at_i * at_j).sum()
 
-    # one row down and one column right is five patches on, and two rows and columns of codes
+    # One row down and one column right is five patches on, and two rows and columns of codes.
     torch.testing.assert_close(score(patches, 1, 6), score(codes, 1, 19))
-    assert (patches[0] == 0).all() and not torch.equal(patches[1:], npp.rope_2d(4, 32)[1:])
+    assert (patches[0] == 0).all()
+    assert not torch.equal(patches[1:], npp.rope_2d(4, 32)[1:])
 
 
 @pytest.mark.parametrize("loss", [evidence.rescaled_embeddings, evidence.averaged_positions,
@@ -156,8 +168,10 @@ def test_losses_are_the_usual_one_at_p_1_and_another_at_p_2(loss):
     torch.nn.init.normal_(model.output.weight, std=0.3)  # zero weights would hide every difference
     codes = torch.randint(11, (2, 16))
     labels = torch.tensor([0, 2])
-    assert torch.equal(loss(model, codes, labels, 1), model.loss(codes, labels, 1))
-    assert not torch.allclose(loss(model, codes, labels, 2), model.loss(codes, labels, 2))
+    usual = model.loss(codes, labels, 1)
+    assert torch.equal(loss(model, codes, labels, 1), usual)
+    usual = model.loss(codes, labels, 2)
+    assert not torch.allclose(loss(model, codes, labels, 2), usual)
 
 
 def test_output_only_predicts_the_block_that_begins_at_a_code():
@@ -188,7 +202,9 @@ def test_the_doubled_rate_is_doubled_only_where_p_is_2():
 
 def test_k_times_the_images_reads_each_batch_once():
     cfg = npp.Config(steps=10, patches=(2, 1))
-    numbers = [number for step in range(10) for number in evidence.k_batches(step, cfg)]
+    numbers = []
+    for step in range(10):
+        numbers += evidence.k_batches(step, cfg)
     assert numbers == list(range(5 * 4 + 5))
     assert evidence.mean_cost(evidence.K_TIMES) == pytest.approx((4 * 17 / 65 + 1) / 2)
 
@@ -206,23 +222,50 @@ def test_the_report_says_lower_only_where_seeds_separate():
 
 
 def test_the_interval_is_students_of_paired_differences():
-    # 4.303 is the 97.5 % quantile of Student's t with two degrees of freedom
+    # 4.303 is the 97.5 % quantile of Student's t with two degrees of freedom.
     half = 4.302653 * 1.0 / 3**0.5
-    assert evidence.interval([1.0, 2.0, 3.0], 3) == f"+2.000 [{2 - half:+.3f}, {2 + half:+.3f}] " \
-        "not separated"
+    expected = f"+2.000 [{2 - half:+.3f}, {2 + half:+.3f}] not separated"
+    assert evidence.interval([1.0, 2.0, 3.0], 3) == expected
 
 
 def line(run, seed, loss, **more):
     """A line as run writes it, of the given loss"""
-    best = {"guidance": 2.0, evidence.FD: loss / 4, "KID": 0.01, "precision": 0.9, "recall": 0.6,
-            "class_accuracy": 0.95, "n": 5000, "real_against_real": 0.01}
     steps = round(1200 * evidence.VARIANTS[run].share)
-    values = dict(run=run, seed=seed, size="tiny", grid_steps=1200, batch=64, images=60_000,
-                  dropout=0.0, lr=npp.TINY["lr"], version=2, steps=steps, cost=1.0,
-                  seconds=[1.0, 1.0], val_loss=loss, fixed=None, sweep={"2.0": 1.0}, best=best,
-                  validation=[[600, loss + 0.1], [steps, loss]], curve=[], machine="a machine",
-                  torch="2", samples_dtype="float32", chunk=500)
-    return dict(values, **more)
+    values = {
+        "run": run,
+        "seed": seed,
+        "size": "tiny",
+        "grid_steps": 1200,
+        "batch": 64,
+        "images": 60_000,
+        "dropout": 0.0,
+        "lr": npp.TINY["lr"],
+        "version": 2,
+        "steps": steps,
+        "cost": 1.0,
+        "seconds": [1.0, 1.0],
+        "val_loss": loss,
+        "validation": [[600, loss + 0.1], [steps, loss]],
+        "curve": [],
+        "fixed": None,
+        "sweep": {"2.0": 1.0},
+        "samples_dtype": "float32",
+        "chunk": 500,
+        "machine": "a machine",
+        "torch": "2",
+    }
+    values["best"] = {
+        "guidance": 2.0,
+        evidence.FD: loss / 4,
+        "KID": 0.01,
+        "precision": 0.9,
+        "recall": 0.6,
+        "class_accuracy": 0.95,
+        "n": 5000,
+        "real_against_real": 0.01,
+    }
+    values.update(more)
+    return values
 
 
 def write_lines(path, lines):
@@ -247,15 +290,17 @@ def test_the_report_takes_the_papers_comparison_apart(tmp_path):
     assert "+0.0800" in rows["| interaction: both together, beyond the sum of the two"]
     assert "-0.0200" in rows["| total: (2,1) with NPP's schedule minus LlamaGen's recipe"]
     assert "| next token, constant rate: LlamaGen's recipe, lr 0.004 | 1 |" in text
-    assert "6,000 images" in text and " p = 0" not in text
+    assert "6,000 images" in text
+    assert " p = 0" not in text
     assert len(list(tmp_path.glob("*.png"))) == 2
 
 
 def test_the_lines_of_earlier_runs_alone_make_a_report(tmp_path):
     with open(os.path.join(HERE, "evidence.jsonl")) as f:
         lines = [json.loads(text) for text in f]
+    earlier = [x for x in lines if "version" not in x]
     path = tmp_path / "evidence.jsonl"
-    write_lines(path, [x for x in lines if "version" not in x and x["grid_steps"] == 2400])
+    write_lines(path, [x for x in earlier if x["grid_steps"] == 2400])
     assert evidence.main(["report", "--results", str(path)]) == 0
     text = (tmp_path / "evidence.md").read_text()
     assert "| next token, NPP's schedule | 3 | 1.000 | 851 ± 4 | 3.2639 ± 0.0019 |" in text
@@ -269,22 +314,24 @@ def test_a_finished_run_of_the_grid_is_skipped(tmp_path):
     path = tmp_path / "evidence.jsonl"
     write_lines(path, [line("plain", 7, 3.0, grid_steps=12)])
     before = path.read_bytes()
-    assert evidence.main(["run", "--only", "plain", "--seeds", "7", "--steps", "12", "--results",
-                          str(path), "--out", str(tmp_path / "out")]) == 0
+    command = ["run", "--only", "plain", "--seeds", "7", "--steps", "12"]
+    places = ["--results", str(path), "--out", str(tmp_path / "out")]
+    assert evidence.main(command + places) == 0
     assert path.read_bytes() == before
     assert not list(tmp_path.rglob("*.pt"))
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["run", "--only", "plain,3-1"], "only is plain,3-1"),
-    (["run", "--seeds", "-1"], "seeds is (-1,)"),
-    (["run", "--size", "M"], "size is M"),
-    (["run", "--steps", "3"], "steps is 3"),
-    (["run", "--images", "70000"], "images is 70000"),
-    (["report", "--results", "none"], "none: missing"),
-    (["walk"], "walk"),
+    ("run --only plain,3-1", "only is plain,3-1"),
+    ("run --seeds -1", "seeds is (-1,)"),
+    ("run --size M", "size is M"),
+    ("run --steps 3", "steps is 3"),
+    ("run --images 70000", "images is 70000"),
+    ("report --results none", "none: missing"),
+    ("walk", "walk"),
 ])
 def test_the_grid_refuses_what_it_does_not_know(capsys, argv, words):
-    assert evidence.main(argv) == 2
+    assert evidence.main(argv.split()) == 2
     message = capsys.readouterr().err
-    assert words in message and message.count("\n") == 1
+    assert words in message
+    assert message.count("\n") == 1

@@ -12,8 +12,8 @@ import os
 import sys
 
 import matplotlib
-import numpy as np
 import torch
+from einops import rearrange
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -28,7 +28,11 @@ from tokenizer import load_tokenizer, to_uint8  # noqa: E402
 
 PICTURE = os.path.join(HERE, "method.png")
 IMAGE = 1737                       # a T-shirt of the training split
-INK, GRAY, BLUE, PAPER, ORANGE = "#1b1f24", "#5b6570", "#2f6db3", "#eef3f9", "#c8540a"
+INK = "#1b1f24"
+GRAY = "#5b6570"
+BLUE = "#2f6db3"
+PAPER = "#eef3f9"
+ORANGE = "#c8540a"
 CLASS_COLOUR = "#f6d7b8"
 
 
@@ -41,13 +45,16 @@ def load():
     data = npp.Codes(os.path.join(ROOT, "data", "fashion"))
     tokenizer = load_tokenizer(data.meta["tokenizer"], "cpu", data.meta)
     codes = data.codes[IMAGE, 0].reshape(8, 8).astype(int)
+    name = data.meta["classes"][data.labels[IMAGE]]
     with torch.no_grad():
-        image = to_uint8(tokenizer.decode(torch.from_numpy(codes)[None]))[0]
+        decoded = tokenizer.decode(torch.from_numpy(codes)[None])
         codebook = tokenizer.codebook()
+    image = to_uint8(decoded)[0]
     centred = codebook - codebook.mean(0)
-    components = centred @ torch.linalg.svd(centred).Vh[:3].T           # (256, 3)
+    directions = torch.linalg.svd(centred).Vh[:3]
+    components = centred @ directions.T                                 # (256, 3)
     rank = components.argsort(0).argsort(0).numpy() / 255               # spread evenly over 0 .. 1
-    return codes, np.asarray(image), 0.5 + 0.5 * rank, data.meta["classes"][data.labels[IMAGE]]
+    return codes, image, 0.5 + 0.5 * rank, name
 
 
 # -------------------------------------------------------------------------------------------------
@@ -59,26 +66,36 @@ def text(ax, x, y, words, size=12, colour=INK, align="center", **more):
 
 
 def tile(ax, x, y, size, colour, words="", font=9.5, edge="white", width=1.0):
-    ax.add_patch(Rectangle((x, y), size, size, facecolor=colour, edgecolor=edge, linewidth=width))
+    square = Rectangle((x, y), size, size, facecolor=colour, edgecolor=edge, linewidth=width)
+    ax.add_patch(square)
     text(ax, x + size / 2, y + size / 2, words, font)
 
 
-def frame(ax, x, y, width, height, colour=INK, line=1.6):
-    ax.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line,
-                           joinstyle="round"))
+def frame(ax, x, y, size, colour=INK, line=1.6):
+    square = Rectangle((x, y), size, size, fill=False, edgecolor=colour, linewidth=line,
+                       joinstyle="round")
+    ax.add_patch(square)
 
 
-def arrow(ax, start, end, colour=GRAY, line=1.4, curve=0.0):
-    style = f"arc3,rad={curve}"
-    ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color=colour,
-                                 linewidth=line, connectionstyle=style, shrinkA=0, shrinkB=0))
+def highlight(ax, x, y, size):
+    """The frame of patch 2, which is to be followed through the picture"""
+    frame(ax, x, y, size, ORANGE, 2.6)
+
+
+def arrow(ax, start, end, colour=GRAY, line=1.4):
+    patch = FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color=colour,
+                            linewidth=line, shrinkA=0, shrinkB=0)
+    ax.add_patch(patch)
 
 
 def box(ax, x, y, width, height, words, small):
-    ax.add_patch(FancyBboxPatch((x, y), width, height, facecolor=BLUE, edgecolor=BLUE,
-                                boxstyle="round,pad=0,rounding_size=9"))
-    text(ax, x + width / 2 - 110, y + height / 2, words, 15, "white", "right", weight="bold")
-    text(ax, x + width / 2 - 94, y + height / 2, f"({small})", 12, "white", "left")
+    patch = FancyBboxPatch((x, y), width, height, facecolor=BLUE, edgecolor=BLUE,
+                           boxstyle="round,pad=0,rounding_size=9")
+    ax.add_patch(patch)
+    middle = x + width / 2
+    y += height / 2
+    text(ax, middle - 110, y, words, 15, "white", "right", weight="bold")
+    text(ax, middle - 94, y, f"({small})", 12, "white", "left")
 
 
 def label(ax, x, y, bold, words):
@@ -93,7 +110,7 @@ def block(ax, x, y, cell, codes, colours, font=9.5, line=1.6):
         for column in range(edge):
             code = codes[row, column]
             tile(ax, x + column * cell, y + row * cell, cell, colours[code], code, font)
-    frame(ax, x, y, edge * cell, edge * cell, line=line)
+    frame(ax, x, y, edge * cell, line=line)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -103,94 +120,112 @@ def block(ax, x, y, cell, codes, colours, font=9.5, line=1.6):
 def draw_tokenizer(ax, codes, image, colours, name):
     text(ax, 150, 30, f"An image ({name})", 13.5, weight="bold")
     ax.imshow(image, extent=(60, 240, 228, 48), interpolation="nearest", zorder=2)
-    frame(ax, 60, 48, 180, 180, line=1.0)
+    frame(ax, 60, 48, 180, line=1.0)
     arrow(ax, (150, 236), (150, 288), line=2)
     text(ax, 162, 261, "tokenizer", 12.5, GRAY, "left")
     text(ax, 150, 307, "Its codes: 8 × 8 integers", 13.5, weight="bold")
-    x, y, cell = 18, 326, 33
-    block(ax, x, y, cell, codes, colours, font=9.8)
-    for i in range(4):
-        for j in range(4):
-            frame(ax, x + 2 * cell * j, y + 2 * cell * i, 2 * cell, 2 * cell)
-    frame(ax, x + 2 * cell, y, 2 * cell, 2 * cell, ORANGE, 2.6)         # patch 2, to be followed
+    x = 18
+    y = 326
+    block(ax, x, y, 33, codes, colours, font=9.8)
+    for row in range(4):
+        for column in range(4):
+            frame(ax, x + 66 * column, y + 66 * row, 66)
+    highlight(ax, x + 66, y, 66)
     text(ax, 150, 610, "A colour stands for the", 11.5, GRAY)
     text(ax, 150, 629, "embedding of a code, a vector.", 11.5, GRAY)
 
 
 def draw_stage(ax, top, p, codes, colours, name, slots, pitch, title, note):
     """One training stage: the grid of patches, the input sequence, the transformer, the targets"""
-    grid = 8 // p
-    n = grid * grid
-    patches = codes.reshape(grid, p, grid, p).transpose(0, 2, 1, 3).reshape(n, p, p)
+    patches = rearrange(codes, "(row i) (column j) -> (row column) i j", i=p, j=p)
     mean = colours[patches].mean(axis=(1, 2))                           # (n, 3)
-
-    ax.add_patch(FancyBboxPatch((342, top), 848, 306, facecolor=PAPER, edgecolor="none",
-                                boxstyle="round,pad=0,rounding_size=12", zorder=-1))
-    text(ax, 358, top + 22, title, 14.5, align="left", weight="bold")
-    text(ax, 1176, top + 22, note, 12.5, ORANGE, "right", weight="bold")
-
-    # the grid of patches
-    cell = 132 / grid
-    x, y = 364, top + 124
-    first, second = "each code: its", "own embedding"
-    if p > 1:
-        first, second = "each patch: mean", "of 4 embeddings"
-    text(ax, x + 66, y - 33, first, 12)
-    text(ax, x + 66, y - 14, second, 12)
-    for i in range(n):
-        number = i + 1 if p > 1 else ""
-        tile(ax, x + i % grid * cell, y + i // grid * cell, cell, mean[i], number, 11.5)
-    frame(ax, x, y, 132, 132, line=1.0)
-    if p > 1:
-        frame(ax, x + cell, y, cell, cell, ORANGE, 2.6)                 # patch 2, to be followed
-    arrow(ax, (x + 139, y + 117), (x + 172, y + 117), line=2)
-
-    # the sequence: first positions, dots, the last position
-    left, right = 546, 1176
-    positions = list(range(slots)) + [n - 1]
-    centres = [left + pitch * (i + 0.5) for i in range(slots)] + [right - pitch / 2]
-    y_target, y_box, y_input = top + 99, top + 151, top + 241           # middles; top of the box
-    for i, x in zip(positions, centres):
-        if i == 0:
-            half = 19
-            ax.add_patch(Rectangle((x - 29, y_input - half), 58, 2 * half, facecolor=CLASS_COLOUR,
-                                   edgecolor=INK, linewidth=1.2))
-            text(ax, x, y_input, name, 11)
-        elif p > 1:
-            half = 25
-            tile(ax, x - half, y_input - half, 2 * half, mean[i - 1], i, 14, INK, 1.6)
-        else:
-            half = 19
-            block(ax, x - half, y_input - half, 2 * half, patches[i - 1], colours, 11)
-        arrow(ax, (x, y_input - half), (x, y_box + 46))
-        cell = 28 if p > 1 else 36
-        corner = cell * p / 2
-        arrow(ax, (x, y_box), (x, y_target + corner + 2))
-        block(ax, x - corner, y_target - corner, cell, patches[i], colours, 10 if p > 1 else 11)
-        if p > 1 and i == 1:
-            frame(ax, x - corner, y_target - corner, 2 * corner, 2 * corner, ORANGE, 2.6)
-        if p > 1 and i == 2:
-            frame(ax, x - half, y_input - half, 2 * half, 2 * half, ORANGE, 2.6)
-    dots = (centres[-2] + centres[-1]) / 2
-    for y in (y_target, y_input):
-        text(ax, dots, y, "· · ·", 17)
-    box(ax, left, y_box, right - left, 44, "transformer",
-        "each position sees itself and those before it")
-
+    paper = FancyBboxPatch((342, top), 848, 306, facecolor=PAPER, edgecolor="none",
+                           boxstyle="round,pad=0,rounding_size=12", zorder=-1)
+    ax.add_patch(paper)
+    y = top + 22
+    text(ax, 358, y, title, 14.5, align="left", weight="bold")
+    text(ax, 1176, y, note, 12.5, ORANGE, "right", weight="bold")
+    draw_patches(ax, 364, top + 124, p, mean)
+    draw_sequence(ax, top, p, patches, mean, colours, name, slots, pitch)
     if p > 1:
         targets = "all 4 codes of the next patch, from one output (Eq. 3)"
         inputs = "the class, then patches 1 to 15, right of their targets (Eq. 2)"
     else:
         targets = "the next code"
         inputs = "the class, then codes 1 to 63"
-    label(ax, left, top + 53, "Targets:", targets)
-    label(ax, left, top + 284, "Inputs:", inputs)
+    label(ax, 546, top + 53, "Targets:", targets)
+    label(ax, 546, top + 284, "Inputs:", inputs)
+
+
+def draw_patches(ax, x, y, p, mean):
+    """The grid of patches, each in the mean colour of its codes"""
+    if p > 1:
+        text(ax, x + 66, y - 33, "each patch: mean", 12)
+        text(ax, x + 66, y - 14, "of 4 embeddings", 12)
+    else:
+        text(ax, x + 66, y - 33, "each code: its", 12)
+        text(ax, x + 66, y - 14, "own embedding", 12)
+    grid = 8 // p
+    cell = 132 / grid
+    for i in range(grid * grid):
+        row = i // grid
+        column = i % grid
+        number = i + 1 if p > 1 else ""
+        tile(ax, x + column * cell, y + row * cell, cell, mean[i], number, 11.5)
+    frame(ax, x, y, 132, line=1.0)
+    if p > 1:
+        highlight(ax, x + cell, y, cell)
+    arrow(ax, (x + 139, y + 117), (x + 172, y + 117), line=2)
+
+
+def draw_sequence(ax, top, p, patches, mean, colours, name, slots, pitch):
+    """Inputs, transformer and targets of the first positions (`slots` of them) and of the last"""
+    left = 546
+    right = 1176
+    y_target = top + 99                                                 # its middle
+    y_box = top + 151                                                   # its upper edge
+    y_input = top + 241                                                 # its middle
+    positions = list(range(slots))
+    centres = [left + pitch * (i + 0.5) for i in positions]
+    positions.append(len(patches) - 1)
+    centres.append(right - pitch / 2)
+    for i, x in zip(positions, centres):
+        # The first input is the class, every other one the patch before the target.
+        half = 25 if p > 1 and i > 0 else 19
+        y = y_input - half
+        if i == 0:
+            ax.add_patch(Rectangle((x - 29, y), 58, 2 * half, facecolor=CLASS_COLOUR,
+                                   edgecolor=INK, linewidth=1.2))
+            text(ax, x, y_input, name, 11)
+        elif p > 1:
+            tile(ax, x - half, y, 2 * half, mean[i - 1], i, 14, INK, 1.6)
+        else:
+            block(ax, x - half, y, 2 * half, patches[i - 1], colours, 11)
+        arrow(ax, (x, y), (x, y_box + 46))
+
+        # The target: the codes of a patch.
+        cell = 28 if p > 1 else 36
+        font = 10 if p > 1 else 11
+        corner = cell * p / 2
+        arrow(ax, (x, y_box), (x, y_target + corner + 2))
+        block(ax, x - corner, y_target - corner, cell, patches[i], colours, font)
+        if p > 1 and i == 1:
+            highlight(ax, x - corner, y_target - corner, 2 * corner)
+        if p > 1 and i == 2:
+            highlight(ax, x - half, y, 2 * half)
+
+    dots = (centres[-2] + centres[-1]) / 2
+    text(ax, dots, y_target, "· · ·", 17)
+    text(ax, dots, y_input, "· · ·", 17)
+    box(ax, left, y_box, right - left, 44, "transformer",
+        "each position sees itself and those before it")
 
 
 def main(path=PICTURE):
     codes, image, colours, name = load()
     plt.rcParams["font.family"] = "DejaVu Sans"
-    width, height = 1200, 664
+    width = 1200
+    height = 664
     figure = plt.figure(figsize=(width / 100, height / 100), facecolor="white")
     ax = figure.add_axes((0, 0, 1, 1))
 

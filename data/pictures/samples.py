@@ -18,21 +18,28 @@ import tokenizer  # noqa: E402
 
 TITLES = {"samples_p2.png": "halfway: trained on 2 x 2 patches only",
           "samples.png": "at the end: trained on single codes too"}
-NAMES, TITLE, GAP = 130, 44, 26    # pixels: least width of names, height of titles, between grids
+NAMES = 130    # pixels: the least width of the names
+TITLE = 44     # the height of the titles
+GAP = 26       # between the grids
 
 
 def main(run, path):
     names = tokenizer.load_file(os.path.join(run, "ckpt.pt"))["classes"]
-    grids = {title: Image.open(os.path.join(run, file)) for file, title in TITLES.items()}
-    width, height = next(iter(grids.values())).size
+    grids = [Image.open(os.path.join(run, file)) for file in TITLES]
+    width, height = grids[0].size
     font = ImageFont.load_default(24)
-    left = max([NAMES] + [math.ceil(font.getlength(name)) + 24 for name in names])
-    picture = Image.new("RGB", (left + 2 * width + GAP, TITLE + height), "white")
+    left = NAMES
+    for name in names:
+        left = max(left, math.ceil(font.getlength(name)) + 24)
+
+    size = (left + 2 * width + GAP, TITLE + height)
+    picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
-    for i, (title, grid) in enumerate(grids.items()):
-        x = left + i * (width + GAP)
+    x = left
+    for grid, title in zip(grids, TITLES.values()):
         picture.paste(grid, (x, TITLE))
         draw.text((x + width / 2, TITLE / 2 - 2), title, "black", font, anchor="mm")
+        x += width + GAP
     for i, name in enumerate(names):
         y = TITLE + (i + 0.5) * height / len(names)
         draw.text((left - 12, y), name, "black", font, anchor="rm")
