@@ -296,7 +296,7 @@ def load_tokenizer(path, device="cpu", meta=None):
     """
     saved = load_file(path)
     try:
-        state = dict(saved["model"])
+        state = saved["model"].copy()
         state.pop("quantize.codebook_used", None)  # statistics of LlamaGen's training
         codebook_size, codebook_dim = state["quantize.embedding.weight"].shape
         ch = len(state["encoder.conv_in.bias"])

@@ -149,7 +149,7 @@ def draw_stage(ax, top, p, codes, colours, name, slots, pitch, title, note):
     draw_sequence(ax, top, p, patches, mean, colours, name, slots, pitch)
     if p > 1:
         targets = "all 4 codes of the next patch, from one output (Eq. 3)"
-        inputs = "the class, then patches 1 to 15, right of their targets (Eq. 2)"
+        inputs = "the class, then patches 1 to 15, one place later (Eq. 2)"
     else:
         targets = "the next code"
         inputs = "the class, then codes 1 to 63"
