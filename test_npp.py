@@ -583,10 +583,10 @@ def test_compiled_sampling_gives_the_same_codes_for_every_batch(p):
     torch._dynamo.reset()
     model = small_model()
     labels = torch.tensor([0, 1])
-    decoder = npp.Decoder(model, 4, p, compile=True)
+    cached = npp.CompiledModel(model, 4, p)
     for _ in range(2):
         noise = torch.rand(2, 16)
-        compiled = npp.generate(model, labels, 2.0, noise=noise, p=p, decoder=decoder)
+        compiled = npp.generate(model, labels, 2.0, noise=noise, p=p, cached=cached)
         assert torch.equal(compiled, npp.generate(model, labels, 2.0, noise=noise, p=p))
 
 
@@ -595,11 +595,11 @@ def test_compiled_sampling_gives_the_same_codes_for_every_batch(p):
 def test_graphs_on_a_gpu_draw_what_single_steps_draw(p):
     model = small_model(grid=8).cuda()
     labels = torch.tensor([0, 1, 2], device="cuda")
-    decoder = npp.Decoder(model, 6, p, compile=True)  # one for all batches, which replay its graphs
+    cached = npp.CompiledModel(model, 6, p)  # one for all batches, which replay its graphs
     for _ in range(3):
         noise = torch.rand(3, 64, device="cuda")
         plain = npp.generate(model, labels, 2.0, noise=noise, p=p)
-        graphs = npp.generate(model, labels, 2.0, noise=noise, p=p, decoder=decoder)
+        graphs = npp.generate(model, labels, 2.0, noise=noise, p=p, cached=cached)
         assert torch.equal(plain, graphs)
 
 
