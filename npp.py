@@ -12,7 +12,8 @@ $ python npp.py --sample out/tiny/ckpt.pt --classes Sandal,Bag --out bags.png
 $ torchrun --nproc_per_node=8 -- npp.py --sample out/B/ckpt.pt --n 50000 --out b.npz
 (Without the -- torchrun would read --n as a flag of its own.)
 
-Shapes: B images of N = h * w codes, patches of K = p * p codes, width D, vocabulary V.
+Shapes: B images of N = grid * grid codes, h * h patches of K = p * p codes, vocabulary V, S
+positions of width D, H heads.
 """
 
 import argparse
@@ -67,7 +68,7 @@ class Config:
     steps: int = 0               # total steps, instead of epochs
     batch: int = 256             # images in a step, over all ranks
     lr: float = 1e-4             # learning rate for 256 images: lr * batch / 256 is used
-    lr_min: float = 1e-5         # where the decay of each stage ends: absolute, as in the paper
+    lr_min: float = 1e-5         # where the decay of each stage ends: not scaled, as in the paper
     warmup_epochs: float = 1.0   # warm-up of each stage, at most a tenth of it
     decay_frac: float = 0.2      # last part of each stage, in which the rate decays
     weight_decay: float = 0.05   # of matrices and embeddings
@@ -86,7 +87,7 @@ class Config:
     sample: str = ""             # checkpoint to sample from, instead of training
     n: int = 0                   # number of samples; 0: ten of each class
     # These are about samples, and about the pictures that training draws.
-    classes: str = ""            # Sandal,Bag or 5,8 or random; if empty all, in a .png up to ten
+    classes: str = ""            # Sandal,Bag or 5,8 or random; empty: all, in a .png at most ten
     cfg_scale: float = 2.0       # guidance scale; 1: no guidance
     temperature: float = 1.0     # divides the logits
     top_k: int = 0               # keep the k likeliest codes; 0: all
@@ -99,7 +100,10 @@ class Config:
 TINY = dict(steps=1200, batch=64, lr=8e-3,   # the rate used is 8e-3 * 64 / 256 = 2e-3
             dropout=0.0, log_every=25, eval_every=200, save_every=200)
 
-# The flags that must be the same where a run is resumed.
+# Random numbers come from np.random.default_rng((seed, purpose, ..)). These are the purposes.
+ORDER, VIEWS, DROPOUT, NOISE, CLASSES = range(5)
+
+# The flags that must be the same where a run is resumed; epochs count as the steps that they make.
 RECIPE = ("model patches lam steps batch lr lr_min warmup_epochs decay_frac weight_decay "
           "clip dropout class_dropout seed").split()
 
@@ -153,8 +157,8 @@ def stage(step, total, patches, lam):
 def lr_at(step, total, patches, lam, lr, lr_min, warmup, decay_frac):
     """Learning rate, in each stage afresh (Sec. 4.1): linear warm-up, plateau at lr, linear decay
 
-    warmup is in steps. The decay takes the last decay_frac of the stage. Its next step would be the
-    first one at lr_min.
+    warmup is in steps. The decay takes the last decay_frac of the stage. At step = end, just after
+    the stage, it would have reached lr_min.
     """
     _, first, end = stage(step, total, patches, lam)
     warmup = max(1, min(warmup, (end - first) / 10))        # at most a tenth of the stage
@@ -173,9 +177,9 @@ def rope_2d(h, head_dim, device=None):
     """cos and sin (1 + h*h, head_dim/2, 2) for an h x h grid of patches, class position first
 
     One half of the head turns with the row, the other with the column. Both are counted in patches:
-    row 3 is farther down at p = 2 than at p = 1. The class has cos = sin = 0 in the table. That
-    turns its query and its key into 0, so its score is 0 at every position, before the softmax. It
-    is an oddity of LlamaGen that the published weights were trained with.
+    row 3 is farther down at p = 2 than at p = 1. The class has not cos = 1, which would be no turn,
+    but cos = sin = 0. Its query and key become 0, so its score before the softmax is 0 at every
+    position: an oddity of LlamaGen that the published weights were trained with.
     """
     frequency = 10000 ** -(torch.arange(0, head_dim // 2, 2, device=device) / (head_dim // 2))
     angle = torch.arange(h, device=device)[:, None] * frequency         # (h, head_dim/4)
@@ -301,15 +305,17 @@ class Transformer(nn.Module):
         return self.cls_embedding["embedding_table"](labels)[:, None]   # (B, 1, D)
 
     def embed_patches(self, codes, p):
-        # Inputs are made here alone, in training and in sampling, so another way to aggregate a
-        # patch goes here. If it has weights, older files lack them, and load_model refuses those.
-        # If some p does not use them, DistributedDataParallel needs find_unused_parameters.
+        # Another way to aggregate a patch goes here: training and sampling make all inputs with it,
+        # and targets and positions stay. Weights of its own are made in __init__, which must then
+        # get the patches from build and load_model; files without these weights are refused. If
+        # some p does not use them, DistributedDataParallel needs find_unused_parameters=True.
         return patchify(self.tok_embeddings(codes), p)                  # (B, N/K, D)
 
     def forward(self, codes, labels, p=1):
         """codes (B, N), labels (B,) -> float32 logits (B, N/K, V)
 
-        The class goes in front and the last patch is dropped, so position i predicts patch i.
+        The class goes in front and the last patch is dropped. So position i sees the class and the
+        patches before i, and predicts patch i: all its K codes by one distribution.
         """
         x = self.embed_patches(codes, p)                                # (B, N/K, D)
         x = torch.cat([self.embed_class(labels), x[:, :-1]], dim=1)     # (B, N/K, D)
@@ -361,7 +367,8 @@ class CachedModel:
     """A model that runs one position at a time: cached(x, i), x (B, 1, D) -> logits (B, V)
 
     It keeps the keys and values of the positions before i, so that each is computed once.
-    CompiledModel (section 8) is the same for a GPU.
+    CompiledModel (section 8) is the same for a GPU. It reads more of the caches than is filled, and
+    the mask hides the rest. Here the mask hides nothing.
     """
 
     def __init__(self, model, batch, p=1):
@@ -392,7 +399,7 @@ def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, 
     Classifier-free guidance takes the logits uncond + cfg_scale * (cond - uncond). noise: uniform
     numbers (B, N); the same noise gives the same image. p > 1 shows what a patch stage has learned:
     all K codes of a patch are drawn from one distribution. cached: a CachedModel to use again.
-    Raises BadInput if logits are NaN.
+    Raises BadInput if logits are NaN or infinite.
     """
     was_training = model.training
     model.eval()
@@ -414,7 +421,7 @@ def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, 
         if guided:
             cond, uncond = logits.chunk(2)
             logits = uncond + cfg_scale * (cond - uncond)               # (B, V)
-        finite &= logits.isfinite().all()                               # looked at after the loop
+        finite &= logits.isfinite().all()   # asking in each step would wait for the GPU
         new = choose(logits, noise[:, i], temperature, top_k, top_p)    # (B, K)
         codes.append(new)
         x = model.embed_patches(new, p)     # K codes are one patch       (B, 1, D)
@@ -427,16 +434,13 @@ def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, 
 
 
 def noise_of(seed, numbers, length):
-    """Uniforms (len(numbers), length) for the images of these numbers, by (seed, number) alone"""
-    rows = [np.random.default_rng((seed, 3, int(i))).random(length, np.float32) for i in numbers]
-    return torch.from_numpy(np.stack(rows))
+    """Uniforms (len(numbers), length): those of image i depend on seed and i, not on its chunk"""
+    generators = [np.random.default_rng((seed, NOISE, int(i))) for i in numbers]
+    return torch.from_numpy(np.stack([g.random(length, np.float32) for g in generators]))
 
 
 # -------------------------------------------------------------------------------------------------
 # 5. Data: batches that are a pure function of (seed, step)
-#
-# Random numbers come from default_rng((seed, purpose, ..)). The purposes are 0 the order of images,
-# 1 views and dropped labels, 2 dropout, 3 the noise of samples, 4 random classes of samples.
 
 
 class Codes:
@@ -480,7 +484,7 @@ def batch_at(data, step, cfg, rows=slice(None)):
     epoch, offset = np.divmod(position, images)
     index = [epoch_order(images, cfg.seed, e)[i] for e, i in zip(epoch, offset)]
     index = np.array(index)[rows]
-    rng = np.random.default_rng((cfg.seed, 1, step))
+    rng = np.random.default_rng((cfg.seed, VIEWS, step))
     view = rng.integers(data.codes.shape[1], size=cfg.batch)[rows]
     drop = rng.random(cfg.batch)[rows] < cfg.class_dropout
     codes, labels = data.read((data.codes, data.labels), index, view)
@@ -490,7 +494,7 @@ def batch_at(data, step, cfg, rows=slice(None)):
 
 @lru_cache(maxsize=2)  # a batch may straddle two epochs
 def epoch_order(images, seed, epoch):
-    return np.random.default_rng((seed, 0, epoch)).permutation(images)
+    return np.random.default_rng((seed, ORDER, epoch)).permutation(images)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -531,7 +535,7 @@ class Loss(nn.Module):
 def train(cfg):
     """Train, or go on training, the run in cfg.out -> exit code
 
-    A resumed run is bit-exact on one CPU with the same micro_batch and dtype, for these reasons:
+    A resumed run is bit-exact on one CPU, if micro_batch, dtype and compile stay the same:
     - the checkpoint holds the weights and the optimizer's moments;
     - patch edge, learning rate and batch (with its views and dropped labels) follow from the step;
     - dropout is seeded anew in each step, so there is no state of a random generator to keep.
@@ -550,12 +554,12 @@ def train(cfg):
     loss_of = Loss(model)
     if world_size > 1:  # every p uses every parameter, so DDP never waits for a missing gradient
         loss_of = nn.parallel.DistributedDataParallel(loss_of)
-    if cfg.compile == "true":  # around DDP, which then exchanges gradients during the backward
+    if cfg.compile == "true":  # outside DDP, which so exchanges gradients during the backward
         loss_of = torch.compile(loss_of, dynamic=False)                 # one graph for each p
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     peak_lr = cfg.lr * cfg.batch / 256
     warmup = cfg.warmup_epochs * len(data.codes) / cfg.batch            # in steps
-    # For example 256 images on 8 ranks are 32 for each, with micro_batch 8 in 4 pieces.
+    # 256 images on 8 ranks: 32 each, with micro_batch 8 in 4 pieces. (fill_in checks that it fits.)
     local_batch = cfg.batch // world_size
     rows = slice(rank * local_batch, (rank + 1) * local_batch)
     micro_batch = cfg.micro_batch if cfg.micro_batch else local_batch
@@ -568,8 +572,8 @@ def train(cfg):
                    cfg.decay_frac)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        codes, labels = fetch(data, step, cfg, rows, device)    # a GPU is still at the last step
-        dropout_seed = np.random.default_rng((cfg.seed, 2, step, rank)).integers(2**62)
+        codes, labels = fetch(data, step, cfg, rows, device)    # a GPU still computes the last step
+        dropout_seed = np.random.default_rng((cfg.seed, DROPOUT, step, rank)).integers(2**62)
         torch.manual_seed(dropout_seed)
 
         # gradients add up over micro-batches, and after the last one DDP averages over ranks
@@ -577,7 +581,7 @@ def train(cfg):
         for i, (c, y) in enumerate(zip(codes.split(micro_batch), labels.split(micro_batch))):
             sync = nullcontext()
             if world_size > 1 and i < pieces - 1:
-                sync = loss_of.no_sync()        # DDP decides it in the forward, for the backward
+                sync = loss_of.no_sync()        # around the forward; the backward then is silent
             with sync, autocast:
                 loss = loss_of(c, y, p) / pieces
             loss.backward()
@@ -594,8 +598,7 @@ def train(cfg):
 
 
 # -------------------------------------------------------------------------------------------------
-# The lesson ends here. 7 watches training and saves it, 8 loads models and draws samples, 9 handles
-# signals and flags.
+# The lesson ends here. 7 watches training, 8 loads models and draws samples, 9 reads the flags.
 #
 # 7. What only watches training, and saves it
 
@@ -629,11 +632,11 @@ class Watcher:
         elif self.rank == 0:
             cut_log(self.path("log.jsonl"), first)
             if first == 0:
-                self.save("ckpt.pt", 0)                 # so that no other recipe claims the folder
+                self.save("ckpt.pt", 0)                 # so another recipe is refused from now on
             size = sum(w.numel() for w in self.model.parameters())
             say(f"{self.cfg.model}, {size:,} parameters; {self.data.meta['images']:,} images; "
                 f"steps {first:,} to {self.cfg.steps:,}; in {self.cfg.out}")
-        interrupt.saves_first = True
+        interrupt.save_on_signal = True
         self.seconds = 0.0                              # of training alone, without pictures
         self.window_start = time.time()
 
@@ -644,7 +647,7 @@ class Watcher:
         """After `done` steps, in a stage that ends at `end` -> whether to stop here"""
         cfg = self.cfg
         self.losses.append(step_loss)
-        stop = interrupt.time is not None and done < cfg.steps          # a signal came (section 9)
+        stop = interrupt.first_signal is not None and done < cfg.steps  # see section 9
         if dist.is_initialized():
             # Any rank may have got the signal. They ask each other seldom, as that takes time.
             stop = done % 10 == 0 and any_rank(stop)
@@ -669,7 +672,7 @@ class Watcher:
                 self.save_samples(p)
             if save:
                 self.save("ckpt.pt", done)              # last: resume looks at this file alone
-        # Each checkpoint comes with a line of the log, so a resumed run starts without losses too.
+        # Each checkpoint comes with a line of the log. So a resumed run starts with no losses, too.
         self.losses = []
         self.window_start = time.time()
         if stop:
@@ -709,8 +712,8 @@ class Watcher:
                 save_images(self.path("samples.png"), images, labels.numpy())
 
     def save(self, name, step):
-        """A checkpoint: step, flags, weights, optimizer, and all of data.meta (vocab, grid, images,
-        classes, tokenizer and its sha256, ..), so that samples need no data set
+        """A checkpoint: step, flags, weights, optimizer and, as samples shall need no data set, the
+        whole of data.meta (vocab, grid, images, classes, tokenizer, tokenizer_sha256, ..)
         """
         state = dict(self.data.meta, step=step, config=asdict(self.cfg),
                      model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
@@ -742,7 +745,7 @@ def any_rank(flag):
 
 @torch.no_grad()
 def validate(model, data, cfg, device):
-    """Mean loss over up to 2,048 validation images, at p = 1 in all stages: so they compare"""
+    """Mean loss over up to 2,048 validation images, always at p = 1, to compare the stages"""
     n = len(data.val[0])
     codes, labels = data.read(data.val, np.linspace(0, n - 1, min(2048, n)).astype(int))
     total = 0.0
@@ -760,11 +763,11 @@ def resume(path, cfg, meta, model, optimizer):
         return 0
     saved = load_file(path)
     try:
-        config = dict(asdict(Config()), **saved["config"])  # a flag newer than it has its default
+        config = dict(asdict(Config()), **saved["config"])  # a flag that it lacks has its default
         pairs = [(name, config[name], getattr(cfg, name)) for name in RECIPE]
         for name in ("vocab", "grid", "images", "classes", "tokenizer_sha256"):
             pairs.append((name, saved[name], meta[name]))
-        pairs.append(("init", bool(config["init"]), bool(cfg.init)))    # the file itself may move
+        pairs.append(("init", bool(config["init"]), bool(cfg.init)))    # its path may change
         differ = [f"{name} is {old} there, {new} here" for name, old, new in pairs if old != new]
         require(not differ, f"{cfg.out} holds another run, choose another --out "
                 f"({'; '.join(differ)})")
@@ -806,6 +809,7 @@ def check_schedule(steps, patches, lam, grid):
     require(0 < lam < 1, f"lam is {lam}, expected more than 0 and less than 1")
     for p, first, end in stages(steps, patches, lam):
         require(first < end, f"steps is {steps}, expected more: none is left for p = {p}")
+    # It cannot fail, unless somebody changes stages().
     require(end == steps, f"the last stage ends at step {end}, expected {steps}")
 
 
@@ -960,8 +964,8 @@ def draw(model, tokenizer, labels, cfg, p=1, rank=0, world_size=1):
 def sample(cfg):
     """Draw samples from the checkpoint cfg.sample into cfg.out -> exit code
 
-    Classes come in turn, n / classes times each, as in the reference. With --classes random, as in
-    LlamaGen's protocol, their shares differ from seed to seed, and so do the scores.
+    Classes come in turn, n / classes times each, as in ADM's reference. With --classes random, as
+    in LlamaGen's protocol, their shares differ from seed to seed, and so do the scores.
     """
     rank, world_size, device = setup()
     if not cfg.out:
@@ -972,7 +976,7 @@ def sample(cfg):
     require(path, f"{cfg.sample}: does not name its tokenizer, expected --tokenizer")
     require(os.path.exists(path), f"{path}: not found, expected --tokenizer with its place")
     tokenizer = load_tokenizer(path, device, model.meta)
-    if model.meta["grid"] is None:
+    if model.meta["grid"] is None:  # the file does not tell, so the tokenizer's factor must
         model.grid = (cfg.image_size or 256) // tokenizer.factor
     pixels = model.grid * tokenizer.factor
     require(pixels > 0, f"image_size is {cfg.image_size}, expected {tokenizer.factor} or more")
@@ -981,7 +985,7 @@ def sample(cfg):
     model.to(device, getattr(torch, cfg.dtype))
 
     if cfg.classes == "random":
-        rng = np.random.default_rng((cfg.seed, 4))
+        rng = np.random.default_rng((cfg.seed, CLASSES))
         labels = torch.from_numpy(rng.integers(len(names), size=cfg.n or 10 * len(names)))
     else:
         most = 10 if cfg.out.endswith(".png") else len(names)
@@ -1005,14 +1009,14 @@ class Interrupt:
     and any elsewhere, ends the program at once.
     """
 
-    saves_first = False
-    time = None                                         # of the first signal while training
+    save_on_signal = False
+    first_signal = None                                 # when it came, while training
 
     def __call__(self, number, frame):
-        # A signal within two seconds is not a second Ctrl-C, but torchrun, which passes it on.
-        if self.saves_first and self.time is None:
-            self.time = time.monotonic()
-        elif not self.saves_first or time.monotonic() > self.time + 2:
+        # torchrun passes a Ctrl-C on, so it may come twice: within two seconds it counts once.
+        if self.save_on_signal and self.first_signal is None:
+            self.first_signal = time.monotonic()
+        elif not self.save_on_signal or time.monotonic() > self.first_signal + 2:
             raise KeyboardInterrupt
 
 
@@ -1053,7 +1057,7 @@ def parse(argv):
     values = {}
     if given.get("model", "tiny") == "tiny":
         values.update(TINY)
-    if "epochs" in given:  # instead of tiny's steps; --steps wins over both
+    if "epochs" in given:  # it replaces tiny's steps, and --steps replaces both
         values["steps"] = 0
     values.update(given)
     cfg = Config(**values)
@@ -1095,8 +1099,8 @@ def main(argv=None):
         complain("another rank has ended, and so does this one", "npp.py")
         return 2
     finally:
-        interrupt.saves_first = False
-        interrupt.time = None
+        interrupt.save_on_signal = False
+        interrupt.first_signal = None
         if dist.is_initialized():
             dist.destroy_process_group()
 
