@@ -230,7 +230,7 @@ def at_temperature(function):
         return None
     if is_near(F.normalize(answer, p=1, dim=-1), truth):
         return "nearly: each row must sum to 1"
-    return "exp(logits / T) is exp(logits) to which power?"
+    return "exp(logits / temperature) is exp(logits) to which power?"
 
 
 @exercise("4.7")

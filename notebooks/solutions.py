@@ -73,8 +73,8 @@ power_with = 2
 power_without = -1
 
 # Exercise 4.6
-def at_temperature(probs, T):
-    raised = probs ** (1 / T)
+def at_temperature(probs, temperature):
+    raised = probs ** (1 / temperature)
     return raised / raised.sum(-1, keepdim=True)
 
 # Exercise 4.7
