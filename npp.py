@@ -465,11 +465,10 @@ class Codes:
         """Codes and labels of the images (b,) of a split -> int64 tensors (b, N), (b,)"""
         all_codes, all_labels = split
         codes = all_codes[index, view]
-        largest = codes.max(axis=1)
-        worst = largest.argmax()
-        require(largest[worst] < self.meta["vocab"],
-                f"{all_codes.filename}: image {index[worst]} has code {largest[worst]}, expected "
-                f"0 to {self.meta['vocab'] - 1}")
+        if codes.max() >= self.meta["vocab"]:
+            worst = codes.max(axis=1).argmax()
+            raise BadInput(f"{all_codes.filename}: image {index[worst]} has code {codes.max()}, "
+                           f"expected 0 to {self.meta['vocab'] - 1}")
         return torch.from_numpy(codes).long(), torch.from_numpy(all_labels[index]).long()
 
 
