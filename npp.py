@@ -103,7 +103,7 @@ TINY = dict(steps=1200, batch=64, lr=8e-3,   # the rate used is 8e-3 * 64 / 256 
 # Random numbers come from np.random.default_rng((seed, purpose, ..)). These are the purposes.
 ORDER, VIEWS, DROPOUT, NOISE, CLASSES = range(5)
 
-# The flags that must be the same where a run is resumed; epochs count as the steps that they make.
+# The flags that must be the same where a run is resumed. Epochs are compared as steps.
 RECIPE = ("model patches lam steps batch lr lr_min warmup_epochs decay_frac weight_decay "
           "clip dropout class_dropout seed").split()
 
@@ -177,9 +177,9 @@ def rope_2d(h, head_dim, device=None):
     """cos and sin (1 + h*h, head_dim/2, 2) for an h x h grid of patches, class position first
 
     One half of the head turns with the row, the other with the column. Both are counted in patches:
-    row 3 is farther down at p = 2 than at p = 1. The class has not cos = 1, which would be no turn,
-    but cos = sin = 0. Its query and key become 0, so its score before the softmax is 0 at every
-    position: an oddity of LlamaGen that the published weights were trained with.
+    row 3 is farther down at p = 2 than at p = 1. The class has cos = sin = 0 (no turn would have
+    cos = 1). So its query and key are 0, and its score before the softmax is 0 at every position:
+    an oddity of LlamaGen that the published weights were trained with.
     """
     frequency = 10000 ** -(torch.arange(0, head_dim // 2, 2, device=device) / (head_dim // 2))
     angle = torch.arange(h, device=device)[:, None] * frequency         # (h, head_dim/4)
@@ -305,9 +305,9 @@ class Transformer(nn.Module):
         return self.cls_embedding["embedding_table"](labels)[:, None]   # (B, 1, D)
 
     def embed_patches(self, codes, p):
-        # Another way to aggregate a patch goes here: training and sampling make all inputs with it,
-        # and targets and positions stay. Weights of its own are made in __init__, which must then
-        # get the patches from build and load_model; files without these weights are refused. If
+        # Another way to aggregate a patch goes here, for training and sampling; at p = 1 it should
+        # change nothing. Weights of its own are made in __init__, below the loop that draws the
+        # others. build and load_model must pass the patches, and files without them are refused. If
         # some p does not use them, DistributedDataParallel needs find_unused_parameters=True.
         return patchify(self.tok_embeddings(codes), p)                  # (B, N/K, D)
 
@@ -338,7 +338,8 @@ class Transformer(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------
-# 4. Sampling: plain next-token prediction, as the last stage has p = 1, where a patch is one code
+# 4. Sampling: plain next-token prediction. In the last stage, p = 1, the average of a patch is the
+# embedding of its one code, as in a model that never saw patches.
 
 
 def choose(logits, u, temperature=1.0, top_k=0, top_p=1.0):
@@ -534,7 +535,7 @@ class Loss(nn.Module):
 def train(cfg):
     """Train, or go on training, the run in cfg.out -> exit code
 
-    A resumed run is bit-exact on one CPU, if micro_batch, dtype and compile stay the same:
+    A resumed run is bit-exact in one process on a CPU, if micro_batch, dtype and compile stay:
     - the checkpoint holds the weights and the optimizer's moments;
     - patch edge, learning rate and batch (with its views and dropped labels) follow from the step;
     - dropout is seeded anew in each step, so there is no state of a random generator to keep.
@@ -553,7 +554,7 @@ def train(cfg):
     loss_of = Loss(model)
     if world_size > 1:  # every p uses every parameter, so DDP never waits for a missing gradient
         loss_of = nn.parallel.DistributedDataParallel(loss_of)
-    if cfg.compile == "true":  # outside DDP, which so exchanges gradients during the backward
+    if cfg.compile == "true":  # outside DDP, whose exchange then still overlaps the backward
         loss_of = torch.compile(loss_of, dynamic=False)                 # one graph for each p
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     peak_lr = cfg.lr * cfg.batch / 256
@@ -580,7 +581,7 @@ def train(cfg):
         for i, (c, y) in enumerate(zip(codes.split(micro_batch), labels.split(micro_batch))):
             sync = nullcontext()
             if world_size > 1 and i < pieces - 1:
-                sync = loss_of.no_sync()        # around the forward; the backward then is silent
+                sync = loss_of.no_sync()        # the forward decides if its backward exchanges
             with sync, autocast:
                 loss = loss_of(c, y, p) / pieces
             loss.backward()
@@ -671,7 +672,7 @@ class Watcher:
                 self.save_samples(p)
             if save:
                 self.save("ckpt.pt", done)              # last: resume looks at this file alone
-        # Each checkpoint comes with a line of the log. So a resumed run starts with no losses, too.
+        # Each checkpoint empties the list too, so a resumed run logs the same means.
         self.losses = []
         self.window_start = time.time()
         if stop:
@@ -711,7 +712,7 @@ class Watcher:
                 save_images(self.path("samples.png"), images, labels.numpy())
 
     def save(self, name, step):
-        """A checkpoint: step, flags, weights, optimizer and, as samples shall need no data set, the
+        """A checkpoint: step, flags, weights, optimizer and, so that samples need no data set, the
         whole of data.meta (vocab, grid, images, classes, tokenizer, tokenizer_sha256, ..)
         """
         state = dict(self.data.meta, step=step, config=asdict(self.cfg),
