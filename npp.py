@@ -306,9 +306,10 @@ class Transformer(nn.Module):
 
     def embed_patches(self, codes, p):
         # Another way to aggregate a patch goes here, for training and sampling; at p = 1 it should
-        # change nothing. Weights of its own are made in __init__, below the loop that draws the
-        # others. build and load_model must pass the patches, and files without them are refused. If
-        # some p does not use them, DistributedDataParallel needs find_unused_parameters=True.
+        # change nothing. If it has weights, make them at the end of __init__, so that the others
+        # start as before. Shapes depend on p, so build and load_model must pass the patches to
+        # Transformer; files without these weights are then refused. Where some p does not use them,
+        # DistributedDataParallel needs find_unused_parameters=True.
         return patchify(self.tok_embeddings(codes), p)                  # (B, N/K, D)
 
     def forward(self, codes, labels, p=1):
@@ -539,6 +540,7 @@ def train(cfg):
     - the checkpoint holds the weights and the optimizer's moments;
     - patch edge, learning rate and batch (with its views and dropped labels) follow from the step;
     - dropout is seeded anew in each step, so there is no state of a random generator to keep.
+    Several processes, or a GPU, may add up gradients in another order.
     """
     rank, world_size, device = setup()
     data = Codes(cfg.data)
@@ -554,7 +556,7 @@ def train(cfg):
     loss_of = Loss(model)
     if world_size > 1:  # every p uses every parameter, so DDP never waits for a missing gradient
         loss_of = nn.parallel.DistributedDataParallel(loss_of)
-    if cfg.compile == "true":  # outside DDP, whose exchange then still overlaps the backward
+    if cfg.compile == "true":  # DDP is compiled too, so it exchanges during the backward
         loss_of = torch.compile(loss_of, dynamic=False)                 # one graph for each p
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     peak_lr = cfg.lr * cfg.batch / 256
@@ -581,7 +583,7 @@ def train(cfg):
         for i, (c, y) in enumerate(zip(codes.split(micro_batch), labels.split(micro_batch))):
             sync = nullcontext()
             if world_size > 1 and i < pieces - 1:
-                sync = loss_of.no_sync()        # the forward decides if its backward exchanges
+                sync = loss_of.no_sync()        # must cover the forward, where DDP reads it
             with sync, autocast:
                 loss = loss_of(c, y, p) / pieces
             loss.backward()
