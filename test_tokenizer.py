@@ -839,8 +839,9 @@ def test_files_that_are_no_checkpoint_are_named_and_run_no_code(tmp_path, monkey
     for name, content in bad.items():
         Path(name).write_bytes(content)
     torch.save({"model": Evil()}, "evil")
+    torch.save(torch.arange(1000.0), "tensor")
     os.mkdir("folder")
-    for name in list(bad) + ["evil", "folder", "missing"]:
+    for name in list(bad) + ["evil", "tensor", "folder", "missing"]:
         with pytest.raises(BadInput) as error:
             tokenizer.load_file(name)
         message = str(error.value)

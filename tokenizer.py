@@ -56,7 +56,7 @@ def require(condition, message):
 
 
 def load_file(path):
-    """-> the tensors and plain values of a .pt file, on the CPU. Raises BadInput for any other."""
+    """-> the dict of tensors and plain values in a .pt file, on the CPU. Else raises BadInput."""
     try:
         is_zip = zipfile.is_zipfile(path)
         if is_zip:  # torch.load does not notice a flipped bit
@@ -64,11 +64,13 @@ def load_file(path):
                 require(archive.testzip() is None, "wrong checksum")
         # The official training checkpoints carry their flags as an argparse.Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
     except Exception:  # torch raises many kinds, and some advise to run the code in the file
         raise BadInput(f"{path}: damaged, or more than tensors and plain values") from None
+    require(isinstance(saved, dict), f"{path}: holds a {type(saved).__name__}, expected a dict")
+    return saved
 
 
 def replace_file(path, write):
