@@ -867,10 +867,18 @@ def test_a_tokenizer_that_lacks_a_weight_or_has_another_is_refused(tmp_path):
         tokenizer.load_tokenizer(path)
 
 
-@pytest.mark.parametrize("foreign", [{"model": {}}, {"model": 3}, [1, 2], torch.zeros(3)])
-def test_a_file_of_something_else_is_no_tokenizer(tmp_path, foreign):
+@pytest.mark.parametrize(
+    ("foreign", "message"),
+    [
+        ({"model": {}}, "expected LlamaGen's tokenizer"),
+        ({"model": 3}, "expected LlamaGen's tokenizer"),
+        ([1, 2], "holds a list, expected a dict"),
+        (torch.zeros(3), "holds a Tensor, expected a dict"),
+    ],
+)
+def test_a_file_of_something_else_is_no_tokenizer(tmp_path, foreign, message):
     torch.save(foreign, tmp_path / "t.pt")
-    with pytest.raises(BadInput, match="expected LlamaGen's tokenizer"):
+    with pytest.raises(BadInput, match=message):
         tokenizer.load_tokenizer(str(tmp_path / "t.pt"))
 
 
