@@ -99,16 +99,15 @@ def stacks_of(folder, shape, limit, expected=None):
     start = time.time()
     for first in range(0, n, 1024):
         paths = [f"{folder}/{i}.npy" for i in range(first, min(first + 1024, n))]
-        with ThreadPoolExecutor(16) as pool:  # small files are waited for, 16 at once
-            contents = list(pool.map(read_bytes, paths))
         stack = []
-        for path, content in zip(paths, contents):
-            x = parse_array(path, content)
-            right = x.shape == shape and x.dtype.kind in "iu"
-            if not right or x.min() < 0 or x.max() >= limit:
-                raise BadInput(f"{path}: {x.dtype} {x.shape}, expected integers {shape} from "
-                               f"0 to {limit - 1}")
-            stack.append(x)
+        with ThreadPoolExecutor(16) as pool:  # small files are waited for, 16 at once
+            for path, content in zip(paths, pool.map(read_bytes, paths)):
+                x = parse_array(path, content)
+                right = x.shape == shape and x.dtype.kind in "iu"
+                if not right or x.min() < 0 or x.max() >= limit:
+                    raise BadInput(f"{path}: {x.dtype} {x.shape}, expected integers {shape} from "
+                                   f"0 to {limit - 1}")
+                stack.append(x)
         # No pool is open here: one that waits in a generator may be closed by the garbage
         # collector inside a thread that is just starting, and both would wait for ever.
         yield np.stack(stack)
