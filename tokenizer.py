@@ -395,12 +395,15 @@ class Images:
         """Yield the items of each chunk as futures, while threads read the two that follow"""
         cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         ahead = []
-        with ThreadPoolExecutor(max(1, cores)) as pool:
-            for chunk in chunks:
-                ahead.append([pool.submit(self.__getitem__, i) for i in chunk])
-                if len(ahead) > 2:
-                    yield ahead.pop(0)
-            yield from ahead
+        # No `with`: it waits for the threads wherever this generator ends. If the caller stops
+        # early, the garbage collector ends it, perhaps in a thread that is just starting, and the
+        # two wait for each other. Without it the threads end when the pool is freed.
+        pool = ThreadPoolExecutor(max(1, cores))
+        for chunk in chunks:
+            ahead.append([pool.submit(self.__getitem__, i) for i in chunk])
+            if len(ahead) > 2:
+                yield ahead.pop(0)
+        yield from ahead
 
 
 def read_folder(root):
