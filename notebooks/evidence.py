@@ -1,4 +1,4 @@
-"""Does Next Patch Prediction hold on the embedded data? A grid of runs x seeds, and its report
+"""Does Next Patch Prediction hold on the embedded data? Runs with several seeds, and their report
 
     python notebooks/evidence.py run                  # hours on a CPU; stop and go on at will
     python notebooks/evidence.py run --only constant,plain,2-1 --seeds 3,4
@@ -8,14 +8,16 @@
     python notebooks/evidence.py report               # the lines -> evidence.md, evidence_*.png
 
 `run` appends a line of JSON for each finished run to evidence.jsonl and skips those that are there.
-Started twice, it shares the work; stopped in any way, the same command goes on to the same numbers.
+It knows a run by its name, so give a run that you change a new name. Started twice, it shares the
+work; stopped in any way, the same command goes on to the same numbers.
 Distances are FD(fashion-classifier), not FID: the features are those of data/fashion/features.pt.
 
-The paper compares two changes at once: NPP, which warms up and decays in each stage, with
-LlamaGen's published models, which were trained at a constant rate without warm-up. The runs called
-constant, plain, constant_2-1 and 2-1 take the two apart.
+NPP differs from LlamaGen's published models in two ways. It trains on patches first, and its
+learning rate warms up and decays in each stage, where theirs was constant. The paper changes both
+at once. The runs called constant, plain, constant_2-1 and 2-1 change one at a time.
 """
 
+import argparse
 import fcntl
 import json
 import math
@@ -42,13 +44,20 @@ import bench  # noqa: E402
 import fid  # noqa: E402
 import npp  # noqa: E402
 from npp import require  # noqa: E402
-from tokenizer import BadInput, load_file, load_tokenizer, replace_file  # noqa: E402
+from tokenizer import (  # noqa: E402
+    BadInput,
+    Parser,
+    load_file,
+    load_tokenizer,
+    replace_file,
+)
 
 DATA = os.path.join(ROOT, "data", "fashion")
 GRID = 8                       # codes along each side of its images
 FD = "FD(fashion-classifier)"
 VERSION = 2                    # of the scores. Lines without it are of version 1, which scored
-#                                guidance 3 and the best of 2, 3, 4, in bfloat16 on a CPU too.
+#                                guidance 3 ("fixed" in these lines) and the best of 2, 3, 4, in
+#                                bfloat16 on a CPU too. Their losses compare with those of today.
 SWEEP = (1.5, 2.0, 3.0)        # guidance scales. The best is chosen by FEW samples of other noise.
 FEW = 500
 CHUNK = 500                    # samples drawn at once
@@ -58,8 +67,11 @@ PARTS = 6                      # a run validates, and saves, after each sixth
 # 1. What may vary, as functions that a reader can change
 #
 # rate(step, cfg, warmup) is the learning rate, with the warm-up of an epoch in steps.
-# batches(step, cfg) are the numbers of the batches that a step takes.
+# batches(step, cfg) are the indices, for npp.batch_at, of the batches that a step takes.
 # loss(model, codes, labels, p) is what it minimises.
+#
+# Whatever varies, the last stage trains npp.py's model in the usual way at p = 1. So npp.py can
+# validate every run and draw its samples.
 
 
 def npp_schedule(step, cfg, warmup):
@@ -95,12 +107,12 @@ def k_batches(step, cfg):
     for p, first, end in npp.stages(cfg.steps, cfg.patches, cfg.lam):
         k = p * p
         if step < end:
-            number = used + (step - first) * k
-            return list(range(number, number + k))
+            first_batch = used + (step - first) * k
+            return list(range(first_batch, first_batch + k))
         used += (end - first) * k
 
 
-def npp_loss(model, codes, labels, p):
+def usual_loss(model, codes, labels, p):
     return model.loss(codes, labels, p)
 
 
@@ -128,7 +140,9 @@ def rescaled_embeddings(model, codes, labels, p):
 def rope_of_averages(grid, head_dim, p, device=None):
     """A patch stands at the mean position of its codes, in units of codes and not of patches
 
-    Attention sees only differences of positions, so that the first code's position will do.
+    The position of its first code does as well: for every patch it is the mean less (p - 1) / 2
+    in row and column, and attention sees only differences of positions. The class has no position
+    (its rotation is all zeros), in npp.rope_2d too.
     """
     rope = npp.rope_2d(grid, head_dim, device)                          # (1 + N, head_dim/2, 2)
     of_codes = rearrange(rope[1:], "(row column) f xy -> row column f xy", row=grid)
@@ -173,16 +187,19 @@ class Variant:
     what: str                              # as tables and figures call it
     patches: tuple = (2, 1)
     lam: float = 0.5
-    share: float = 1.0                     # of the steps of the grid
+    share: float = 1.0                     # of --steps
     rate: Callable = npp_schedule
     batches: Callable = one_batch
-    loss: Callable = npp_loss
+    loss: Callable = usual_loss
     resets_optimizer: bool = False         # AdamW forgets its moments where a stage begins
     against: tuple = ("2-1",)              # the runs that the report compares it with
 
 
 def spent(variant, steps, until=math.inf):
-    """Forward multiply-adds until a step of a run, counted as in the paper, in steps at p = 1"""
+    """Forward multiply-adds until a step of a run, counted as in the paper, in steps at p = 1
+
+    The ratio of a patch step to a step at p = 1 is that of their positions, in every size.
+    """
     cfg = npp.Config(steps=steps, patches=variant.patches, lam=variant.lam)
     at_1, _ = bench.cost("tiny", (1,), grid=GRID)
     total = 0.0
@@ -200,7 +217,7 @@ def mean_cost(variant):
     return spent(variant, 1_000_000) / 1_000_000
 
 
-TUNED = "constant, lr 0.004"  # of the rates that were tried for size tiny, the best
+TUNED = "constant, lr 0.004"   # as arms_of calls the best rate of those tried for size tiny
 NPP = Variant("(2,1), NPP's schedule", against=("plain", "equal_cost", "constant", TUNED))
 K_TIMES = Variant("(2,1), K times the images at p = 2", batches=k_batches,
                   against=("k_times_cost", "plain", "2-1"))
@@ -256,18 +273,20 @@ PAPER = {  # Table 3: FID of sizes B and L on ImageNet; (4,1)'s by the differenc
 # 3. One run: train, sample, score
 
 
-def read_batches(data, numbers, cfg, device):
+def read_batches(data, indices, cfg, device):
     codes = []
     labels = []
-    for number in numbers:
-        c, y = npp.batch_at(data, number, cfg)
+    for index in indices:
+        c, y = npp.batch_at(data, index, cfg)
         codes.append(c)
         labels.append(y)
     return torch.cat(codes).to(device), torch.cat(labels).to(device)
 
 
 def clock():
-    """Seconds of this process: of its CPU time, and on the wall"""
+    """Seconds of this process: of CPU time, summed over its threads, and on the wall"""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return np.array([time.process_time(), time.perf_counter()])
 
 
@@ -305,7 +324,7 @@ def train(variant, cfg, data, path):
         for group in optimizer.param_groups:
             group["lr"] = lr
         codes, labels = read_batches(data, variant.batches(step, cfg), cfg, device)
-        dropout_seed = np.random.default_rng((cfg.seed, 2, step, 0)).integers(2**62)
+        dropout_seed = np.random.default_rng((cfg.seed, npp.DROPOUT, step, 0)).integers(2**62)
         torch.manual_seed(dropout_seed)
 
         with autocast:
@@ -397,15 +416,18 @@ def read_lines(path):
     if os.path.exists(path):
         with open(path) as f:
             for text in f:
-                line = json.loads(text)
+                try:
+                    line = json.loads(text)
+                except ValueError as error:
+                    raise BadInput(f"{path}: not lines of JSON: {error}") from None
                 cfg = usual(line["size"])
                 defaults = dict(images=60_000, dropout=cfg.dropout, lr=cfg.lr, version=1)
                 lines.append(defaults | line)
     return lines
 
 
-def grid_name(line):
-    """Runs with the same name are compared with each other"""
+def comparison_name(line):
+    """Runs whose lines have the same one are compared with each other"""
     name = "{size}_{grid_steps}_{batch}".format(**line)
     if line["version"] > 1:
         name += "_{images}_dropout_{dropout:g}".format(**line)
@@ -413,7 +435,10 @@ def grid_name(line):
 
 
 def run(args):
-    """Do what is not done; a lock on each run's folder, which dies with us, keeps others off it"""
+    """Train and score the runs that are not done
+
+    A lock on the folder of a run, which ends with this process, keeps other processes off it.
+    """
     names = list(VARIANTS)
     if args.only:
         names = args.only.split(",")
@@ -422,7 +447,8 @@ def run(args):
     bench.check_size(args.size)
     require(min(args.seeds) >= 0, f"seeds is {args.seeds}, expected 0 or more")
     require(args.steps >= PARTS, f"steps is {args.steps}, expected {PARTS} or more")
-    require(args.samples >= FEW, f"samples is {args.samples}, expected {FEW} or more")
+    require(FEW <= args.samples <= 10_000,
+            f"samples is {args.samples}, expected {FEW} to 10,000, as many as there are real ones")
     data = npp.Codes(DATA)
     images = args.images
     if images == 0:
@@ -445,7 +471,7 @@ def run(args):
             cfg.steps = round(variant.share * args.steps)
             key = dict(run=name, seed=seed, size=args.size, grid_steps=args.steps, batch=cfg.batch,
                        images=images, dropout=cfg.dropout, lr=cfg.lr, version=VERSION)
-            folder = os.path.join(args.out, grid_name(key), f"{name}_lr_{cfg.lr:g}_s{seed}")
+            folder = os.path.join(args.out, comparison_name(key), f"{name}_lr_{cfg.lr:g}_s{seed}")
             os.makedirs(folder, exist_ok=True)
             with open(os.path.join(folder, "lock"), "w") as lock:
                 try:
@@ -555,8 +581,9 @@ def table(head, rows):
 
 
 def table_of_arms(arms, columns):
+    """The paper's FIDs stand only beside its own setting: npp.py's rate and all images"""
     rows = []
-    for lines in arms.values():
+    for name, lines in arms.items():
         run_name = lines[0]["run"]
         cost = spent(VARIANTS[run_name], lines[0]["steps"]) / lines[0]["grid_steps"]
         seconds = [line["seconds"][0] for line in lines if line["seconds"]]
@@ -566,14 +593,16 @@ def table_of_arms(arms, columns):
             values = list(values_of(lines, column).values())
             row.append(mean_and_deviation(values, digits_of(column)))
         row.append(", ".join(f"{line['best']['guidance']:g}" for line in lines))
-        row.extend(PAPER.get(run_name, ("–", "–")))
+        if name == run_name and lines[0]["images"] == 60_000:
+            row.extend(PAPER.get(run_name, ("–", "–")))
+        else:
+            row.extend(("–", "–"))
         rows.append(row)
     head = ["run", "seeds", "cost", "CPU seconds"] + columns
     return table(head + ["best guidances", "paper: FID of B", "of L"], rows)
 
 
 def table_of_differences(arms, columns):
-    """-> markdown, number of differences"""
     rows = []
     for name, lines in arms.items():
         run_name = lines[0]["run"]
@@ -588,7 +617,10 @@ def table_of_differences(arms, columns):
                     b = values_of(arms[other], column)
                     row.append(versus(a, b, digits_of(column)))
                 rows.append(row)
-    return table(["difference"] + columns, rows), len(rows) * len(columns)
+    if not rows:
+        return ""
+    return ("Differences over common seeds:\n\n"
+            f"{table(['difference'] + columns, rows)}\n")
 
 
 def decomposition(arms, columns):
@@ -614,7 +646,7 @@ def decomposition(arms, columns):
 
 
 def describe(name, lines):
-    """-> the report on one grid, in markdown"""
+    """-> the report on runs that are compared with each other, in markdown"""
     arms = arms_of(lines)
     columns = list(scores_of(lines[0]))
     compared = ["validation loss", "FD at the best guidance", "class accuracy"]
@@ -622,23 +654,24 @@ def describe(name, lines):
         compared.insert(1, "lowest on the way")
     else:
         columns.remove("lowest on the way")
-    differences, count = table_of_differences(arms, compared)
+    differences = decomposition(arms, compared) + table_of_differences(arms, compared)
     line = lines[0]
     best = line["best"]
     text = (f"## Size {line['size']}, {line['grid_steps']:,} steps of {line['batch']} images, "
-            f"{line['images']:,} images, dropout {line['dropout']:g}\n\n"
+            f"{line['images']:,} images, dropout {line['dropout']:g}, scores of version "
+            f"{line['version']}\n\n"
             f"{len(lines)} runs on {line['machine']}, torch {line['torch']}. {best['n']:,} samples "
             f"a score, in {line['samples_dtype']}; the best guidance of "
             f"{', '.join(line['sweep'])} is chosen by {FEW} samples of other noise. As many real "
             f"images as samples get an FD of {best['real_against_real']:.4f}.\n\n"
             f"![validation loss and FD against cost](evidence_{name}.png)\n\n"
-            f"{table_of_arms(arms, columns)}\n{decomposition(arms, compared)}")
+            f"{table_of_arms(arms, columns)}\n")
     if line["fixed"]:
         text += "KID, precision, recall and class accuracy are those at guidance 3.\n\n"
+    count = differences.count(" [")
     if count > 0:
-        text += ("Differences over common seeds, with 95 % confidence intervals. They are "
-                 f"{count}; one in twenty would be separated by chance alone, and none is "
-                 f"corrected for that:\n\n{differences}\n")
+        text += (f"{differences}In brackets: 95 % confidence intervals. They are {count}; one in "
+                 "twenty would exclude 0 by chance alone, and none is corrected for that.\n\n")
     return text
 
 
@@ -677,8 +710,10 @@ def figure(arms, path):
              ylim=(lowest - 0.1, lowest + 1.3))
     right.set(title="Distance of samples at the end, mean ± standard deviation",
               ylabel=f"{FD} at the best guidance, lower is better")
+    cost = "cost: forward multiply-adds, in training steps at p = 1"
+    left.set_xlabel(cost)
+    right.set_xlabel(cost + "\n(runs of one cost are drawn side by side)")
     for axis in (left, right):
-        axis.set_xlabel("cost: forward multiply-adds, in training steps at p = 1")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, title="run (seeds)", title_fontsize=7)
 
@@ -689,21 +724,21 @@ def figure(arms, path):
 
 
 def report(args):
-    """Write evidence.md, and a figure for each grid, beside the lines"""
+    """Write evidence.md, and a figure for each comparison, beside the lines"""
     lines = read_lines(args.results)
     require(lines, f"{args.results}: missing or empty, expected the lines of `run`")
     folder = os.path.dirname(os.path.abspath(args.results))
-    grids = {}
+    comparisons = {}
     for line in lines:
-        grids.setdefault(grid_name(line), []).append(line)
+        comparisons.setdefault(comparison_name(line), []).append(line)
     text = ("# Does Next Patch Prediction hold on the embedded data?\n\n"
             "Made by `python notebooks/evidence.py report` from evidence.jsonl; mean ± standard "
             "deviation over seeds. Cost: forward multiply-adds as the paper counts them, those of "
             f"next-token prediction for all steps = 1. CPU seconds: training alone. FD is {FD}, "
             "not FID; the paper has FIDs on ImageNet: compare orders, not numbers.\n\n")
-    for name in sorted(grids):
-        figure(arms_of(grids[name]), os.path.join(folder, f"evidence_{name}.png"))
-        text += describe(name, grids[name])
+    for name in sorted(comparisons):
+        figure(arms_of(comparisons[name]), os.path.join(folder, f"evidence_{name}.png"))
+        text += describe(name, comparisons[name])
 
     def write(f):
         f.write(text.encode())
@@ -717,25 +752,36 @@ def report(args):
 
 
 def parse(argv):
-    runs = "\n".join(f"    {name:22}{variant.what}" for name, variant in VARIANTS.items())
-    parser = bench.Parser("evidence.py", description=f"{__doc__}\nThe runs:\n{runs}")
-    parser.add_argument("command", choices=("run", "report"))
-    parser.add_argument("--only", default="", metavar="RUN,RUN",
-                        help="names of the runs to do, with commas; all if left out")
-    parser.add_argument("--seeds", type=npp.integers, default=(0, 1, 2),
-                        help="numbers with commas, each a run of its own")
-    parser.add_argument("--size", default="tiny", help="size of the model")
-    parser.add_argument("--steps", type=int, default=1200,
-                        help="training steps; runs at equal cost have their share of them")
-    parser.add_argument("--lr", default="", help="learning rate for 256 images, if not npp.py's")
-    parser.add_argument("--dropout", default="", help="dropout, if not npp.py's")
-    parser.add_argument("--images", type=int, default=0,
-                        help="train on the first so many images; 0: on all")
-    parser.add_argument("--samples", type=int, default=5000, help="samples to draw and score")
-    parser.add_argument("--results", default=os.path.join(HERE, "evidence.jsonl"),
-                        help="file that gets a line for each run")
-    parser.add_argument("--out", default=os.path.join(ROOT, "out", "evidence"),
-                        help="folder of the checkpoints")
+    names = "\n".join(f"    {name:22}{variant.what}" for name, variant in VARIANTS.items())
+    parser = Parser("evidence.py", description=f"{__doc__}\nThe runs:\n{names}", allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND",
+                                     help="COMMAND --help lists its flags")
+
+    def command(function):
+        added = commands.add_parser(function.__name__, help=function.__doc__.splitlines()[0],
+                                    description=function.__doc__, allow_abbrev=False)
+        added.set_defaults(function=function)
+        added.add_argument("--results", default=os.path.join(HERE, "evidence.jsonl"),
+                           help="file that has a line for each run")
+        return added
+
+    command(report)
+    one = command(run)
+    one.add_argument("--only", default="", metavar="RUN,RUN",
+                     help="names of the runs to do, with commas; all if left out")
+    one.add_argument("--seeds", type=npp.integers, default=(0, 1, 2),
+                     help="numbers with commas, each a run of its own")
+    one.add_argument("--size", default="tiny", help="size of the model")
+    one.add_argument("--steps", type=int, default=1200,
+                     help="training steps; runs at equal cost have their share of them")
+    one.add_argument("--lr", default="", help="learning rate for 256 images, if not npp.py's")
+    one.add_argument("--dropout", default="", help="dropout, if not npp.py's")
+    one.add_argument("--images", type=int, default=0,
+                     help="train on the first so many images; 0: on all")
+    one.add_argument("--samples", type=int, default=5000, help="samples to draw and score")
+    one.add_argument("--out", default=os.path.join(ROOT, "out", "evidence"),
+                     help="folder of the checkpoints")
     return parser.parse_args(argv)
 
 
@@ -743,10 +789,7 @@ def main(argv=None):
     """-> exit code: 0, 2 after bad input, 130 after Ctrl-C"""
     try:
         args = parse(argv)
-        if args.command == "run":
-            run(args)
-        else:
-            report(args)
+        args.function(args)
     except BadInput as error:
         print("evidence.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -289,7 +289,10 @@ def test_the_report_takes_the_papers_comparison_apart(tmp_path):
     assert "+0.1000" in rows["| patches: (2,1) for next token, constant rate"]
     assert "+0.0800" in rows["| interaction: both together, beyond the sum of the two"]
     assert "-0.0200" in rows["| total: (2,1) with NPP's schedule minus LlamaGen's recipe"]
-    assert "| next token, constant rate: LlamaGen's recipe, lr 0.004 | 1 |" in text
+    at_half_the_rate = rows["| next token, constant rate: LlamaGen's recipe, lr 0.004"]
+    assert at_half_the_rate.endswith("| – | – |")
+    assert rows["| next token, constant rate: LlamaGen's recipe"].endswith("| 5.46 | 3.8 |")
+    assert f"They are {text.count(' [')};" in text
     assert "6,000 images" in text
     assert " p = 0" not in text
     assert len(list(tmp_path.glob("*.png"))) == 2
@@ -307,10 +310,17 @@ def test_the_lines_of_earlier_runs_alone_make_a_report(tmp_path):
     assert (tmp_path / "evidence_tiny_2400_64.png").exists()
 
 
-# ---- the grid
+# ---- the command line
 
 
-def test_a_finished_run_of_the_grid_is_skipped(tmp_path):
+def test_lines_that_were_cut_are_named(tmp_path, capsys):
+    path = tmp_path / "evidence.jsonl"
+    path.write_text(json.dumps(line("plain", 0, 3.4)) + '\n{"run": "pl')
+    assert evidence.main(["report", "--results", str(path)]) == 2
+    assert f"{path}: not lines of JSON" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_skipped(tmp_path):
     path = tmp_path / "evidence.jsonl"
     write_lines(path, [line("plain", 7, 3.0, grid_steps=12)])
     before = path.read_bytes()
@@ -327,10 +337,12 @@ def test_a_finished_run_of_the_grid_is_skipped(tmp_path):
     ("run --size M", "size is M"),
     ("run --steps 3", "steps is 3"),
     ("run --images 70000", "images is 70000"),
+    ("run --samples 20000", "samples is 20000"),
+    ("report --only plain", "--only plain"),
     ("report --results none", "none: missing"),
     ("walk", "walk"),
 ])
-def test_the_grid_refuses_what_it_does_not_know(capsys, argv, words):
+def test_what_evidence_does_not_know_is_refused(capsys, argv, words):
     assert evidence.main(argv.split()) == 2
     message = capsys.readouterr().err
     assert words in message
