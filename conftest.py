@@ -11,7 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # would inherit that, and some tests send them one.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# nohup has SIGHUP ignored, which is inherited in the same way. A handler is not, and with this one the
-# tests still go on when their terminal closes.
+# nohup has SIGHUP ignored, which is inherited in the same way. A handler is not, and with this one
+# the tests still go on when their terminal closes.
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda number, frame: None)
