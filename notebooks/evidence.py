@@ -435,7 +435,7 @@ def comparison_name(line):
 
 
 def run(args):
-    """Train and score the runs that are not done
+    """Train and score the runs that are not done.
 
     A lock on the folder of a run, which ends with this process, keeps other processes off it.
     """
