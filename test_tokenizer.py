@@ -116,16 +116,15 @@ def refuses(capsys, arguments, *words, main=tokenizer.main):
         assert word in message, message
 
 
-def program(arguments, hangup=signal.SIG_DFL, **environment):
-    """tokenizer.py in a process of its own"""
+def ignore_hangup():  # as nohup does
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    def set_signals():  # whatever those of the tests are
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, hangup)
 
+def program(arguments, first=None, **environment):
+    """tokenizer.py in a process of its own, which calls `first` before it starts"""
     command = [sys.executable, os.path.join(HERE, "tokenizer.py")] + arguments
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=dict(os.environ, **environment), preexec_fn=set_signals)
+                            env=dict(os.environ, **environment), preexec_fn=first)
 
 
 def two_ranks(arguments):
@@ -463,7 +462,7 @@ def test_nothing_is_left_of_samples_that_fail(tmp_path):
 def test_a_killed_training_leaves_nothing(tmp_path):
     images = image_file(tmp_path / "x.npz", size=4)
     command = training(images, tmp_path / "t.pt", steps=10**6, batch=1)
-    process = program(command, hangup=signal.SIG_IGN)
+    process = program(command, first=ignore_hangup)
     assert process.stdout.readline().startswith("step 100 of 1,000,000  PSNR ")
     process.send_signal(signal.SIGHUP)  # which nohup has made it ignore
     assert process.stdout.readline().startswith("step 200 of 1,000,000  PSNR ")
