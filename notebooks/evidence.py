@@ -19,6 +19,7 @@ at once. The runs called constant, plain, constant_2-1 and 2-1 change one at a t
 
 import argparse
 import fcntl
+import inspect
 import json
 import math
 import os
@@ -435,7 +436,7 @@ def comparison_name(line):
 
 
 def run(args):
-    """Train and score the runs that are not done.
+    """Train and score the runs that are not done
 
     A lock on the folder of a run, which ends with this process, keeps other processes off it.
     """
@@ -760,7 +761,9 @@ def parse(argv):
 
     def command(function):
         added = commands.add_parser(function.__name__, help=function.__doc__.splitlines()[0],
-                                    description=function.__doc__, allow_abbrev=False)
+                                    description=inspect.cleandoc(function.__doc__),
+                                    allow_abbrev=False,
+                                    formatter_class=argparse.RawDescriptionHelpFormatter)
         added.set_defaults(function=function)
         added.add_argument("--results", default=os.path.join(HERE, "evidence.jsonl"),
                            help="file that has a line for each run")
