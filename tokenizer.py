@@ -1,10 +1,10 @@
 """Images to codes and back: the VQGAN of LlamaGen
 
 An encoder shrinks the image by a factor f. Each of the h x w vectors that are left is replaced by
-the nearest vector of a codebook, and its number there is the code. A decoder makes an image of
-the codes again.
+the nearest vector of a codebook, and its index there is the code. A decoder turns the codes back
+into an image.
 
-    python tokenizer.py train IMAGES tokenizer.pt --image_size 32     # a small one of one's own
+    python tokenizer.py train IMAGES tokenizer.pt --image_size 32     # a small one of your own
     python tokenizer.py encode IMAGES DATA --tokenizer tokenizer.pt   # codes for npp.py --data DATA
     python tokenizer.py encode IMAGES_VAL DATA --tokenizer tokenizer.pt --split val
     torchrun --nproc_per_node=8 tokenizer.py encode IMAGENET DATA --tokenizer vq_ds16_c2i.pt \\
@@ -13,27 +13,33 @@ the codes again.
     python tokenizer.py reconstruct IMAGES out.png --tokenizer tokenizer.pt    # before/after, PSNR
     python tokenizer.py reconstruct IMAGES out.npz --tokenizer tokenizer.pt    # for fid.py
 
-IMAGES is a folder with one sub-folder per class, nested as one likes, or an .npz of `arr_0` uint8
-(n, H, W, 3), `labels` (n,) and perhaps `classes`, their names.
+IMAGES is a folder with one sub-folder per class, its images at any depth, or an .npz of `arr_0`
+uint8 (n, H, W, 3), `labels` (n,) and, optionally, `classes`, their names.
 
-Shapes: B images of S x S pixels, h = w = S/f codes a side, D numbers in a vector of the codebook.
+Shapes: B images of S x S pixels, h = w = S/f codes per side, N = h*w, D dimensions of a codebook
+vector.
 """
 
 import argparse
+import glob
 import hashlib
-import inspect
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import sys
+import tempfile
 import time
+import traceback
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from datetime import timedelta
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import torch
@@ -55,62 +61,75 @@ def require(condition, message):
         raise BadInput(message)
 
 
-def load_file(path):
-    """-> the dict of tensors and plain values in a .pt file, on the CPU. Else raises BadInput."""
+@contextmanager
+def reading(path, what):
+    """Yield the dict in a .pt file, its tensors on the CPU. No code in the file is ever run.
+
+    Any error, here or inside the `with`, means that the file is not `what`: raises BadInput.
+    """
     try:
         is_zip = zipfile.is_zipfile(path)
         if is_zip:  # torch.load does not notice a flipped bit
             with zipfile.ZipFile(path) as archive:
-                require(archive.testzip() is None, "wrong checksum")
+                require(archive.testzip() is None, f"{path}: damaged, wrong checksum")
         # The official training checkpoints carry their flags as an argparse.Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        require(isinstance(saved, dict),
+                f"{path}: holds a {type(saved).__name__}, expected {what} in a .pt file")
+        yield saved
+    except BadInput:
+        raise
+    except pickle.UnpicklingError:  # torch's message suggests running the code in the file
+        raise BadInput(f"{path}: damaged, of another format, or with code in it; "
+                       f"expected {what} in a .pt file") from None
+    except Exception as error:  # each kind of damage raises its own
+        raise BadInput(f"{path}: expected {what} in a .pt file ({error!r:.300})") from None
+
+
+def check_output(path):
+    """Raises BadInput now, before the work, if a file cannot be written to `path`"""
+    folder = os.path.dirname(path) or "."
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception:  # torch raises many kinds, and some advise to run the code in the file
-        raise BadInput(f"{path}: damaged, or more than tensors and plain values") from None
-    require(isinstance(saved, dict), f"{path}: holds a {type(saved).__name__}, expected a dict")
-    return saved
+        raise BadInput(f"{path}: cannot be written ({error.strerror})") from None
+    require(not os.path.isdir(path), f"{path}: is a folder, expected the name of a file to write")
 
 
 def replace_file(path, write):
-    """write(file) beside `path`, then rename: a crash or a full disk leaves the old file as it was
+    """Call write(file) on a file beside `path`, then rename it to `path`
 
-    Raises BadInput where the file cannot be written.
+    So a kill or a full disk leaves the old file as it was. Raises BadInput if the file cannot be
+    written.
     """
-    part = f"{path}.part"
+    check_output(path)
+    for part in glob.glob(f"{glob.escape(str(path))}.*.part"):  # of processes that were killed
+        with suppress(OSError):
+            if os.path.getmtime(part) < time.time() - 3600:
+                os.remove(part)
+    part = f"{path}.{os.getpid()}.part"  # two processes never write to the same file
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(part, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException as error:
-        with suppress(OSError):
+    except (OSError, RuntimeError) as error:
+        reason = error
+        if isinstance(error, RuntimeError):
+            reason = error.__context__  # torch.save hides that the disk is full
+        if not isinstance(reason, OSError):
+            raise
+        raise BadInput(f"{path}: cannot be written ({reason.strerror})") from None
+    finally:
+        with suppress(OSError):  # after the rename there is nothing to remove
             os.remove(part)
-        # torch.save answers an OSError, such as that of a full disk, by a RuntimeError.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError) and not isinstance(cause, BrokenPipeError):
-            raise BadInput(f"{path}: cannot be written ({cause.strerror})") from None
-        raise
-
-
-def load_json(path):
-    """-> the dict in a .json file. Raises BadInput."""
-    try:
-        with open(path) as file:
-            return dict(json.load(file))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise BadInput(f"{path}: expected what tokenizer.py encode writes ({error!r})") from None
-
-
-def write_json(file, value):
-    file.write(json.dumps(value, indent=1).encode())
 
 
 def write_array(file, chunks, n):
-    """Stream arrays (b, ..), together n rows, into one .npy"""
+    """Stream arrays (b, ...), n rows in total, into one .npy"""
     for i, chunk in enumerate(chunks):
         if i == 0:
             shape = (n, *chunk.shape[1:])
@@ -125,7 +144,7 @@ def sha256(path):
 
 
 def to_uint8(images):
-    """Images in [-1, 1] (B, 3, H, W) -> uint8 array (B, H, W, 3), truncated as LlamaGen does"""
+    """Images in [-1, 1] (B, 3, H, W) -> uint8 array (B, H, W, 3), truncated as in LlamaGen"""
     images = (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
     return rearrange(images, "b c h w -> b h w c").cpu().numpy()
 
@@ -289,15 +308,22 @@ class VQModel(nn.Module):
         # Contiguous in memory too: a CPU normalises channels-last less exactly.
         return self.decoder(self.post_quant_conv(q.contiguous()))
 
+    def pixels(self, codes, size=0):
+        """Codes (B, N) -> uint8 array (B, S, S, 3), or (B, size, size, 3) if size is not 0"""
+        codes = rearrange(codes, "b (h w) -> b h w", h=math.isqrt(codes.shape[1]))
+        images = torch.cat([self.decode(piece) for piece in codes.split(25)])  # to fit in memory
+        if size:
+            images = F.interpolate(images, (size, size), mode="bicubic")
+        return to_uint8(images)
+
 
 def load_tokenizer(path, device="cpu", meta=None):
     """A VQModel in eval mode from a file of ours or LlamaGen's, {"model": state_dict}
 
-    Its sizes are read off the tensors. meta: that of codes at hand; if it has vocab or
-    tokenizer_sha256, they must be those of this tokenizer. Raises BadInput.
+    Its sizes are read off the tensors. meta: that of the codes to decode; its vocab and
+    tokenizer_sha256, where it has them, must be those of this tokenizer. Raises BadInput.
     """
-    saved = load_file(path)
-    try:
+    with reading(path, "LlamaGen's tokenizer") as saved:
         state = saved["model"].copy()
         state.pop("quantize.codebook_used", None)  # statistics of LlamaGen's training
         codebook_size, codebook_dim = state["quantize.embedding.weight"].shape
@@ -307,10 +333,6 @@ def load_tokenizer(path, device="cpu", meta=None):
         ch_mult = [len(state[name]) // ch for name in biases if name in state]  # of up to 9 levels
         model = VQModel(codebook_size, codebook_dim, ch, ch_mult, z_channels)
         model.load_state_dict(state)
-    except Exception as error:  # a foreign file fails in any of these lines, in its own way
-        raise BadInput(f"{path}: expected LlamaGen's tokenizer ({error!r})") from None
-    for name, weight in model.named_parameters():
-        require(weight.isfinite().all(), f"{path}: {name} holds NaN or infinity")
     require(codebook_size <= 65536, f"{path}: {codebook_size} codes, expected at most 65536")
     if meta:
         vocab = meta.get("vocab")
@@ -326,10 +348,8 @@ def load_tokenizer(path, device="cpu", meta=None):
 
 def center_crop(image, size):
     """PIL image -> size x size as ADM prepares ImageNet: halve by a box filter while the short side
-    is at least twice the size, bicubic to the size, cut the centre. EXIF rotation is ignored.
+    is at least twice the size, bicubic to the size, crop the centre. EXIF rotation is ignored.
     """
-    if max(image.size) > 100 * min(image.size):  # resized, it might not fit into memory
-        raise ValueError("one side is more than 100 times the other")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -340,24 +360,24 @@ def center_crop(image, size):
 
 
 def to_rgb(image):
-    """Any PIL image -> mode RGB
+    """PIL image -> mode RGB, transparent pixels white
 
-    16-bit gray keeps its high byte, as Pillow does for 16-bit colour (convert would clip). What is
-    transparent becomes white: ADM's bare convert("RGB") uncovers whatever colour lies below.
+    Raises ValueError for float and 32-bit integers: which value is white would be a guess.
     """
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
+    if image.mode.startswith("I;16"):  # keep the high byte, as Pillow does for 16-bit colour
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"mode {image.mode}, expected 8 or 16 bits per channel")
+    if image.has_transparency_data:  # ADM's bare convert("RGB") shows the colour hidden below
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
 
 class Images:
-    """A class folder or an .npz. An item is a list of uint8 (S, S, 3), one for each of the sizes.
+    """The images in a class folder or an .npz, each cropped to every one of `sizes`
 
-    items: file names or arrays; labels: int64 (n,); classes: their names; sha256: of the file
-    names, or of the .npz. Raises BadInput, for an unreadable image where its item is asked for.
+    items: file names or arrays; labels: int64 (n,); classes: their names. Raises BadInput.
     """
 
     def __init__(self, source, sizes):
@@ -365,123 +385,140 @@ class Images:
         self.sizes = sizes
         if os.path.isdir(source):
             self.items, self.labels, self.classes = read_folder(source)
-            self.sha256 = hashlib.sha256(os.fsencode("\0".join(self.items))).hexdigest()
+            self.files = self.items
         else:
             self.items, self.labels, self.classes = read_npz(source)
-            self.sha256 = sha256(source)
+            self.files = [source]
         require(len(self.items) > 0, f"{source}: no images, expected one sub-folder per class")
         require(len(self.classes) <= 65536, f"{source}: more than 65536 classes")
 
-    def __getitem__(self, i):
+    def __len__(self):
+        return len(self.items)
+
+    def load(self, i):
+        """-> label and one uint8 (S, S, 3) per size. An unreadable image is named, and gives the
+        label -1 and black pictures.
+        """
         item = self.items[i]
         name = f"image {i} of {self.source}"
         try:
             if isinstance(item, str):
-                name = os.path.join(self.source, item)
-                with Image.open(name) as file:
+                name = item
+                with Image.open(item) as file:
                     image = to_rgb(file)
             else:
                 image = Image.fromarray(item)
-            return [np.asarray(center_crop(image, size)) for size in self.sizes]
+            return self.labels[i], [np.asarray(center_crop(image, size)) for size in self.sizes]
         except Exception as error:  # Pillow raises many kinds
-            raise BadInput(f"{name}: unreadable image ({error!r})") from None
-
-    def chunks(self, size):
-        """Indices of the images, `size` together -> list of int64 arrays"""
-        n = len(self.items)
-        return np.split(np.arange(n), np.arange(size, n, size))
+            complain(f"{name}: unreadable image ({error!r})")
+            return -1, [np.zeros((size, size, 3), np.uint8) for size in self.sizes]
 
     def read(self, chunks):
-        """Yield the items of each chunk as futures, while threads read the two that follow"""
-        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        ahead = []
-        # No `with`: it waits for the threads wherever this generator ends. If the caller stops
-        # early, the garbage collector ends it, perhaps in a thread that is just starting, and the
-        # two wait for each other. Without it the threads end when the pool is freed.
+        """Yield labels (b,) and one uint8 (b, S, S, 3) per size for each chunk of indices (b,)
+
+        Threads read the next chunk while the caller works on this one.
+        """
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        # No `with`: it would wait for the threads whenever a caller stops early.
         pool = ThreadPoolExecutor(max(1, cores))
+        ahead = []
         for chunk in chunks:
-            ahead.append([pool.submit(self.__getitem__, i) for i in chunk])
-            if len(ahead) > 2:
-                yield ahead.pop(0)
-        yield from ahead
+            ahead.append(pool.map(self.load, chunk))
+            if len(ahead) == 2:
+                yield stack(ahead.pop(0))
+        yield from map(stack, ahead)
+
+    def fingerprint(self):
+        """Changes when an image is added, removed or replaced"""
+        digest = hashlib.sha256()
+        for path in self.files:
+            with suppress(OSError):  # a broken link counts as an unreadable image
+                status = os.stat(path)
+                name = path.removeprefix(self.source)
+                digest.update(os.fsencode(f"{name} {status.st_size} {status.st_mtime_ns}\0"))
+        return digest.hexdigest()
+
+
+def stack(items):
+    """What Images.load returns, several times -> labels (b,), one uint8 (b, S, S, 3) per size"""
+    labels = []
+    pictures = []
+    for label, of_each_size in items:
+        labels.append(label)
+        pictures.append(of_each_size)
+    return np.array(labels), [np.stack(same_size) for same_size in zip(*pictures)]
 
 
 def read_folder(root):
     """-> file names below `root`, in ImageFolder's order; labels; names of the classes
 
-    Every file below a class folder counts as an image, except hidden ones (.DS_Store).
+    Every file in a class folder counts as an image unless it is hidden or in a hidden folder. A
+    class folder may be a link. A link to a folder inside one is refused: it may lead in circles.
     """
+    _, folders, others = next(os.walk(root, onerror=refuse))
+    classes = visible(folders)
     files = []
     labels = []
-    try:
-        names = sorted(name for name in os.listdir(root) if not name.startswith("."))
-        classes = [name for name in names if os.path.isdir(os.path.join(root, name))]
-        for label, name in enumerate(classes):
-            members = files_below(root, name, [os.path.realpath(root)])
-            files += sorted(members, key=os.path.split)  # by folder, then by name
-            labels += [label] * len(members)
-    except OSError as error:
-        raise BadInput(f"{error.filename}: cannot be read ({error.strerror})") from None
-    if len(names) > len(classes):
-        complain(f"{root}: files that are in no class folder are left out, such as "
-                 f"{min(set(names) - set(classes))}")
+    for label, name in enumerate(classes):
+        members = []
+        for folder, below, names in os.walk(os.path.join(root, name), onerror=refuse):
+            below[:] = visible(below)  # where os.walk goes next
+            for link in below:
+                path = os.path.join(folder, link)
+                require(not os.path.islink(path), f"{path}: a link to a folder, expected a folder")
+            members += [os.path.join(folder, name) for name in visible(names)]
+        files += sorted(members, key=os.path.split)  # by folder, then by name
+        labels += [label] * len(members)
+    if files and visible(others):
+        complain(f"{root}: skipping files outside class folders, e.g. {visible(others)[0]}")
     return files, np.array(labels, dtype=np.int64), classes
 
 
-def files_below(root, folder, above):
-    """-> the files below root/folder. Links are followed, but not to one of the folders `above`."""
-    here = os.path.realpath(os.path.join(root, folder))
-    if here in above:
-        return []
-    files = []
-    for entry in os.scandir(os.path.join(root, folder)):
-        name = os.path.join(folder, entry.name)
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            files += files_below(root, name, above + [here])
-        else:
-            files.append(name)
-    return files
+def visible(names):
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def refuse(error):
+    """os.walk would otherwise skip a folder that it cannot read"""
+    raise BadInput(f"{error.filename}: cannot be read ({error.strerror})")
 
 
 def read_npz(path):
-    """-> images uint8 (n, H, W, 3), labels, names of the classes"""
+    """-> images uint8 (n, H, W, 3), labels int64 (n,), names of the classes"""
     try:
-        with np.load(path) as arrays:
-            images = arrays["arr_0"]
-            labels = arrays["labels"]
-            names = arrays.get("classes")
-    except Exception as error:  # numpy raises another kind for each way in which a file is broken
+        with np.load(path) as file:
+            arrays = dict(file)
+        images = arrays["arr_0"]
+        if "labels" not in arrays:
+            arrays["labels"] = arrays["arr_1"]  # as ADM's sampler names them
+        labels = arrays["labels"]
+    except Exception as error:  # each kind of damage raises its own
         raise BadInput(f"{path}: expected arr_0 and labels in an .npz ({error!r})") from None
     require(images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3,
             f"{path}: arr_0 is {images.dtype} {images.shape}, expected uint8 (n, H, W, 3)")
     require(labels.dtype.kind in "iu" and labels.shape == images.shape[:1],
             f"{path}: labels are {labels.dtype} {labels.shape}, expected integers "
             f"({len(images)},)")
+    require(arrays.get("arr_1", labels).shape == labels.shape,
+            f"{path}: more images in arr_1, expected all of them in arr_0")
     highest = 65535
-    if names is not None:
-        require(names.dtype.kind == "U" and names.ndim == 1,
-                f"{path}: classes are {names.dtype} {names.shape}, expected names (n,)")
-        highest = len(names) - 1
-    wrong = np.flatnonzero((labels < 0) | (labels > highest))
-    if len(wrong):
-        raise BadInput(f"{path}: the label of image {wrong[0]} is {labels[wrong[0]]}, expected 0 "
-                       f"to {highest}")
+    if "classes" in arrays:
+        highest = len(arrays["classes"]) - 1
     labels = labels.astype(np.int64)
-    if names is None:
-        names = np.arange(labels.max(initial=-1) + 1).astype(str)
-    return images, labels, names.tolist()
+    require(labels.min(initial=0) >= 0 and labels.max(initial=0) <= highest,
+            f"{path}: labels are {labels.min()} to {labels.max()}, expected 0 to {highest}")
+    names = arrays.get("classes", np.arange(labels.max(initial=-1) + 1))
+    return images, labels, names.astype(str).tolist()
 
 
 # ---- 4. Pictures, and .npz of samples
 
 
 def save_images(path, chunks, labels):
-    """Images as a picture or for fid.py
+    """Save images as a picture or for fid.py
 
-    chunks: uint8 arrays (b, H, W, 3), together as many images as there are labels (n,) integers.
-    path: .png, one grid, a class a row in the order in which the labels name them; or .npz with
+    chunks: uint8 arrays (b, H, W, 3), in total as many images as labels (n,) integers.
+    path: .png, one grid, a class per row in the order in which the labels name them; or .npz with
     arr_0 uint8 (n, H, W, 3), streamed to disk chunk by chunk, and labels int64. Raises BadInput.
     """
     labels = np.asarray(labels).astype(np.int64)
@@ -525,15 +562,20 @@ def train(args):
 
     The loss is the squared error: LlamaGen's perceptual and adversarial losses need pretrained
     networks. Codes not used for 100 steps move onto features of the current batch, so that the
-    whole codebook is put to work.
+    whole codebook is put to work. Unreadable images are named and left out; the exit code is 2.
     """
     _, _, device = setup()
     require(args.ch % 32 == 0, f"--ch is {args.ch}, expected a multiple of 32")
+    require(args.codebook_size <= 65536,
+            f"--codebook_size is {args.codebook_size}, expected at most 65536")
     torch.manual_seed(args.seed)
     model = VQModel(args.codebook_size, 8, args.ch, args.ch_mult, args.z_channels).to(device)
     check_image_size(args.image_size, model)
+    check_output(args.out)
     data = Images(args.images, [args.image_size])
-    images = np.stack([data[i][0] for i in range(len(data.items))])
+    for labels, pictures in data.read([range(len(data))]):
+        images = pictures[0][labels >= 0]
+    require(len(images) > 0, f"{args.images}: no readable image")
     embedding = model.quantize["embedding"].weight
     embedding.data.normal_()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99))
@@ -577,7 +619,7 @@ def train(args):
             used.zero_()
             error = 0.0
     save_tokenizer(args.out, model)
-    return 0
+    return 0 if len(images) == len(data) else 2
 
 
 def save_tokenizer(path, model):
@@ -595,72 +637,62 @@ def check_image_size(image_size, model):
 
 # ---- 6. A data set: the folder that npp.py trains on
 
-# What the train split and the validation split of a data set have in common.
-SHARED = ("vocab", "grid", "image_size", "classes", "tokenizer_sha256")
-SUFFIX = {"train": "", "val": "_val"}  # of the names of their files
+SUFFIX = {"train": "", "val": "_val"}  # of the names of a split's files
 
 
-def require_same(path, ours, keys, reason):
-    """Raise BadInput unless the .json at `path` holds the same as `ours` under each of the keys"""
-    theirs = load_json(path)
-    for key in keys:
-        require(theirs.get(key) == ours[key],
-                f"{path}: {reason}: {key} is {theirs.get(key)!s:.99} there, {ours[key]!s:.99} here")
+def check_new(folder, split):
+    """Raises BadInput if the split is already there: no codes are ever overwritten"""
+    names = ["codes_val.npy"]
+    if split == "train":
+        names.append("meta.json")
+    for name in names:
+        path = f"{folder}/{name}"
+        require(not os.path.exists(path), f"{path}: already there, delete the data set first or "
+                                          f"choose another folder")
+
+
+def check_classes(source, labels, classes):
+    """Raises BadInput for a class without images: samples of it would show nothing"""
+    images = np.bincount(labels, minlength=len(classes))
+    empty = [classes[i] for i in np.flatnonzero(images == 0)]
+    require(not empty, f"{source}: no images of class {', '.join(empty[:9])}, expected some of "
+                       f"each of the {len(classes)} classes")
 
 
 def publish(folder, split, meta, codes, labels, tokenizer):
-    """Put a split into a data set, in place of another that may be there
+    """Write a new split of a data set. Raises BadInput.
 
-    codes: arrays (b, views, h*w); labels: as many (n,); tokenizer: a file, or None.
-
-    All that is new is written beside what is there, so that a full disk changes nothing. Then
-    follow renames alone. What vouches for the split, meta.json for train and codes_val.npy for
-    val, goes before the first of them and comes back by the last: whoever is killed in between
-    leaves no data set, or one without validation, but never a mix.
+    codes: arrays (b, views, h*w); labels: for all of them (n,); tokenizer: a file, or None. The
+    split counts once its last file is there: codes_val.npy for val, meta.json for train.
     """
     suffix = SUFFIX[split]
-    new = f"{folder}/new{suffix}.part"
-    names = [f"labels{suffix}.npy", f"codes{suffix}.npy"]
-    outdated = []
-    try:
-        replace_file(f"{new}/{names[0]}", partial(np.save, arr=labels.astype(np.uint16)))
-        replace_file(f"{new}/{names[1]}", partial(write_array, chunks=codes, n=len(labels)))
-        if split == "train":
-            if tokenizer:
-                names.append("tokenizer.pt")
-                with open(tokenizer, "rb") as source:
-                    replace_file(f"{new}/tokenizer.pt", partial(shutil.copyfileobj, source))
-            names.append("meta.json")
-            replace_file(f"{new}/meta.json", partial(write_json, value=meta))
-            try:
-                require_same(f"{folder}/meta.json", meta, SHARED, "other codes")
-            except BadInput:
-                outdated = ["codes_val.npy", "labels_val.npy"]
+    replace_file(f"{folder}/labels{suffix}.npy", partial(np.save, arr=labels.astype(np.uint16)))
+    write_codes = partial(write_array, chunks=codes, n=len(labels))
+    replace_file(f"{folder}/codes{suffix}.npy", write_codes)
+    if split == "train":
+        if tokenizer:
+            with open(tokenizer, "rb") as source:
+                replace_file(f"{folder}/tokenizer.pt", partial(shutil.copyfileobj, source))
+        text = json.dumps(meta, indent=1).encode()
+        replace_file(f"{folder}/meta.json", partial(write_bytes, content=text))
 
-        for name in [names[-1]] + outdated:
-            with suppress(FileNotFoundError):
-                os.remove(f"{folder}/{name}")
-        for name in names:
-            os.replace(f"{new}/{name}", f"{folder}/{name}")
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+
+def write_bytes(file, content):
+    file.write(content)
 
 
 def read_meta(folder):
-    """meta.json of a folder of codes -> dict, the tokenizer's path made whole. Raises BadInput."""
+    """meta.json of a data set -> dict, with the whole path of the tokenizer. Raises BadInput."""
     path = os.path.join(folder, "meta.json")
-    meta = load_json(path)
-    for name in ("vocab", "grid", "image_size"):
-        value = meta.get(name)
-        require(type(value) is int and value > 0,
-                f"{path}: {name} is {value}, expected a whole number of 1 or more")
-    names = meta.get("classes")
-    require(isinstance(names, list) and names and all(isinstance(x, str) for x in names),
-            f"{path}: classes are {names!s:.99}, expected a list of names")
-    for name in ("tokenizer", "tokenizer_sha256"):
-        require(name in meta, f"{path}: {name} is missing, expected at least null")
+    try:
+        with open(path) as file:
+            meta = json.load(file)
+        for name in ("vocab", "grid", "image_size", "classes", "tokenizer", "tokenizer_sha256"):
+            meta[name]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BadInput(f"{path}: expected what tokenizer.py encode writes ({error!r})") from None
     if meta["tokenizer"]:
-        meta["tokenizer"] = os.path.join(folder, str(meta["tokenizer"]))
+        meta["tokenizer"] = os.path.join(folder, meta["tokenizer"])
     return meta
 
 
@@ -671,7 +703,7 @@ def open_codes(folder, meta, suffix=""):
         path = os.path.join(folder, f"{name}{suffix}.npy")
         try:
             arrays.append(np.load(path, mmap_mode="r"))
-        except Exception as error:  # numpy raises many kinds, one for each kind of damage
+        except Exception as error:  # each kind of damage raises its own
             raise BadInput(f"{path}: missing or damaged, expected an array ({error!r})") from None
     codes, labels = arrays
     cells = meta["grid"] ** 2
@@ -684,6 +716,58 @@ def open_codes(folder, meta, suffix=""):
     require(labels.min() >= 0 and labels.max() <= highest,
             f"{path}: {labels.min()} to {labels.max()}, expected 0 to {highest}")
     return codes, labels
+
+
+class Codes:
+    """A data set: a folder that `encode` wrote. Raises BadInput.
+
+    codes (images, views, N) and labels (images,) are memory-mapped. The views of an image are the
+    crops of it that were encoded; training draws one at random. val is the same pair for the
+    validation split, or None. meta is meta.json (vocab, grid, image_size, classes, tokenizer, ...)
+    and the number of images; checkpoints of npp.py hold it too. tokenizer: a file to use instead
+    of meta's.
+    """
+
+    def __init__(self, folder, tokenizer=""):
+        self.meta = read_meta(folder)
+        self.codes, self.labels = open_codes(folder, self.meta)
+        check_classes(folder, self.labels, self.meta["classes"])
+        self.meta["images"] = len(self.codes)
+        if tokenizer:
+            self.meta["tokenizer"] = tokenizer
+        self.val = None
+        if os.path.exists(os.path.join(folder, "codes_val.npy")):
+            self.val = open_codes(folder, self.meta, "_val")
+
+    def read(self, split, index, view=0):
+        """Codes and labels of some images (b,) of a split -> int64 tensors (b, N), (b,)
+
+        split: a pair of arrays, (codes, labels) or val. view: a number, or one per image (b,).
+        """
+        all_codes, all_labels = split
+        codes = all_codes[index, view]
+        if codes.max() >= self.meta["vocab"]:
+            worst = codes.max(axis=1).argmax()
+            raise BadInput(f"{all_codes.filename}: image {index[worst]} has code {codes.max()}, "
+                           f"expected 0 to {self.meta['vocab'] - 1}")
+        codes = torch.from_numpy(codes).long()
+        labels = torch.from_numpy(all_labels[index]).long()
+        if torch.cuda.is_available():  # a copy from pinned memory runs in the background
+            codes = codes.pin_memory()
+            labels = labels.pin_memory()
+        return codes, labels
+
+
+def class_numbers(text, names, most):
+    """Comma-separated names or numbers -> numbers (n,); if empty, `most` classes, evenly spaced"""
+    if not text:
+        return torch.from_numpy(np.linspace(0, len(names) - 1, min(most, len(names))).astype(int))
+    known = {str(i): i for i in range(len(names))}
+    known.update({name: i for i, name in enumerate(names)})
+    for name in text.split(","):
+        require(name in known, f"classes is {text}, expected names like {names[0]}, or numbers "
+                               f"from 0 to {len(names) - 1}")
+    return torch.tensor([known[name] for name in text.split(",")])
 
 
 # ---- 7. Images to codes
@@ -709,109 +793,107 @@ def crops(images, size, views):
 def encode(args):
     """Write codes, labels, meta.json and a copy of the tokenizer into OUT, the data set of npp.py
 
-    Unreadable images are named and left out; then the exit code is 2. The same command goes on
-    after a kill: each chunk of images becomes a file in OUT/codes.part. Several processes, started
-    by torchrun, share the work and write the same codes as one.
+    A split that is already there is refused. Unreadable images are named and left out; then the
+    exit code is 2. After a kill the same command continues: finished parts of 256 images wait in
+    OUT/codes.part. Several processes, started by torchrun, share the work and write the same codes
+    as one.
     """
     rank, world_size, device = setup()
+    check_new(args.out, args.split)
     sizes = [args.image_size]
     if args.views == "ten_crop":
-        require(args.split == "train",
-                "--views is ten_crop, expected center or one for --split val")
+        require(args.split == "train", "--views is ten_crop, expected center or one for val")
+        require(min(args.scales) >= 1, f"--scales is {args.scales}, expected 1 or more")
         sizes = [int(args.image_size * scale) for scale in args.scales]
     model = load_tokenizer(args.tokenizer, device)
     check_image_size(args.image_size, model)
     data = Images(args.images, sizes)
     meta = {"vocab": len(model.codebook()), "grid": args.image_size // model.factor,
             "image_size": args.image_size, "classes": data.classes, "tokenizer": "tokenizer.pt",
-            "tokenizer_sha256": sha256(args.tokenizer), "made_by": "tokenizer.py encode"}
-    if args.split == "val":
-        # A split whose images came without names of classes has classes named 0, 1, 2, ..
-        names = read_meta(args.out)["classes"]
-        unnamed = [str(i) for i in range(len(data.classes))]
-        if names == unnamed or (data.classes == unnamed and len(unnamed) <= len(names)):
-            meta["classes"] = names
-        require_same(f"{args.out}/meta.json", meta, SHARED, "the train split has other codes")
+            "tokenizer_sha256": sha256(args.tokenizer)}
+    if args.split == "train":
+        check_classes(args.images, data.labels, data.classes)
+    else:
+        match_train_split(args.out, meta)
+    check_output(f"{args.out}/meta.json")
 
-    # Make the folder of parts, or go on with the one that is there.
-    folder = f"{args.out}/codes{SUFFIX[args.split]}.part"
-    plan_path = f"{folder}/plan.json"
-    plan = {"views": args.views, "scales": args.scales, "images_sha256": data.sha256}
-    plan.update(meta)
-    if os.path.exists(plan_path):
-        require_same(plan_path, plan, plan, "another encoding is under way, finish or delete it")
-    elif rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        replace_file(plan_path, partial(write_json, value=plan))
-    wait_for_ranks()
+    # Other flags or images make a folder of another name, so parts of two encodings never mix.
+    recipe = dict(meta, views=args.views, sizes=sizes, images=data.fingerprint())
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+    all_parts = f"{args.out}/codes{SUFFIX[args.split]}.part"
+    folder = from_rank_0(f"{all_parts}/{digest[:16]}")
+    chunks = np.split(np.arange(len(data)), range(256, len(data), 256))
+    paths = [f"{folder}/{chunk[0]:09}.npz" for chunk in chunks]
 
-    # The ranks take parts in turn. Where an image was unreadable, it may be whole by now.
-    parts = {f"{folder}/{chunk[0]:09}.npz": chunk for chunk in data.chunks(64)}
-    to_do = []
-    for path in list(parts)[rank::world_size]:
-        if not os.path.exists(path) or len(read_part(path, "labels")) < len(parts[path]):
-            to_do.append(path)
+    # The ranks take turns at the missing parts.
+    missing = [i for i in range(len(paths)) if not os.path.exists(paths[i])]
+    mine = from_rank_0(missing)[rank::world_size]
     start = time.time()
-    upcoming = data.read([parts[path] for path in to_do])
-    for done, path in enumerate(to_do, 1):
-        encode_part(path, next(upcoming), data.labels[parts[path]], model, args)
-        show_progress(done, len(to_do), start)
-    wait_for_ranks()
+    upcoming = data.read([chunks[i] for i in mine])
+    for done, i in enumerate(mine, 1):
+        labels, images = next(upcoming)
+        codes = encode_images(images, model, args)
+        replace_file(paths[i], partial(np.savez, codes=codes, labels=labels))
+        if rank == 0:
+            show_progress(done, len(mine), start)
+    if world_size > 1:
+        dist.all_reduce(torch.zeros(1))  # waits for all; on the CPU it fails if a rank has ended
     if rank > 0:
         return 0
 
-    # Join them. There is none of a chunk of which no image was readable.
-    paths = [path for path in parts if os.path.exists(path)]
-    if paths:
-        labels = np.concatenate([read_part(path, "labels") for path in paths])
-        codes = (read_part(path, "codes") for path in paths)
-        publish(args.out, args.split, meta, codes, labels, args.tokenizer)
-    shutil.rmtree(folder)
-    require(paths, f"{args.images}: not one readable image")
-    unreadable = len(data.items) - len(labels)
+    # Join them.
+    labels = np.concatenate([read_part(path, "labels") for path in paths])
+    codes = (read_part(path, "codes") for path in paths)
+    require(len(labels) > 0, f"{args.images}: no readable image")
+    if args.split == "train":
+        check_classes(args.images, labels, data.classes)
+    publish(args.out, args.split, meta, codes, labels, args.tokenizer)
+    shutil.rmtree(all_parts)
+    unreadable = len(data) - len(labels)
     print(f"{args.out}: {len(labels):,} images of {meta['grid']} x {meta['grid']} codes, "
           f"{unreadable:,} images unreadable")
     return 2 if unreadable else 0
 
 
-def encode_part(path, futures, labels, model, args):
-    """Write codes (b, views, h*w) uint8 or uint16 and labels (b,) of the images that are readable
+def match_train_split(folder, meta):
+    """Raises BadInput unless codes with this meta can be the val split of a data set
 
-    futures: of all images, from Images.read; labels: theirs.
+    Classes that came without names are called 0, 1, 2, ...: meta then gets the other split's names.
     """
+    train = read_meta(folder)
+    unnamed = [str(i) for i in range(len(meta["classes"]))]
+    if train["classes"] == unnamed or (
+            meta["classes"] == unnamed and len(unnamed) <= len(train["classes"])):
+        meta["classes"] = train["classes"]
+    for key in ("vocab", "grid", "image_size", "classes", "tokenizer_sha256"):
+        require(train[key] == meta[key], f"{folder}/meta.json: the train split has other codes: "
+                                         f"{key} {train[key]!s:.99}, but here {meta[key]!s:.99}")
+
+
+def encode_images(images, model, args):
+    """uint8 (b, S, S, 3) per size -> codes (b, views, h*w), uint8 where they fit, else uint16"""
     device = next(model.parameters()).device
-    readable = []
-    images = []
-    for i, future in enumerate(futures):
-        try:
-            images.append(future.result())
-            readable.append(i)
-        except BadInput as error:
-            complain(error)
     codes = []
-    for same_size in zip(*images):  # from one item per image to one batch per size
-        batch = from_uint8(np.stack(same_size)).to(device)
-        for view in crops(batch, args.image_size, args.views):
-            pieces = [model.encode(piece) for piece in view.split(16)]  # to fit into memory
-            codes.append(torch.cat(pieces).flatten(1).cpu().numpy())
-    if images:
-        codes = np.stack(codes, axis=1).astype(np.min_scalar_type(len(model.codebook()) - 1))
-        replace_file(path, partial(np.savez, codes=codes, labels=labels[readable]))
+    for first in range(0, len(images[0]), 16):  # to fit in memory
+        views = []
+        for same_size in images:
+            batch = from_uint8(same_size[first : first + 16]).to(device)
+            views += crops(batch, args.image_size, args.views)
+        of_views = [model.encode(view).flatten(1) for view in views]    # (16, h*w) per view
+        codes.append(torch.stack(of_views, dim=1).cpu())                # (16, views, h*w)
+    return torch.cat(codes).numpy().astype(np.min_scalar_type(len(model.codebook()) - 1))
 
 
 def read_part(path, name):
-    try:
-        with np.load(path) as arrays:
-            return arrays[name]
-    except Exception as error:  # numpy raises another kind for each way in which a file is broken
-        raise BadInput(f"{path}: damaged, delete it and encode again ({error!r})") from None
+    """The codes or labels of the readable images of a part"""
+    with np.load(path) as part:
+        return part[name][part["labels"] >= 0]
 
 
 def show_progress(done, total, start):
-    """How much of the work of the first rank is done and the time left, on one line"""
-    if os.environ.get("RANK", "0") == "0":
-        left = timedelta(seconds=round((time.time() - start) / done * (total - done)))
-        print(f"part {done:,} of {total:,}, {left} left ", end="\r", flush=True)
+    """What is done since `start` and the time left, on one line"""
+    left = timedelta(seconds=round((time.time() - start) / done * (total - done)))
+    print(f"part {done:,} of {total:,}, {left} left ", end="\r", flush=True)
 
 
 # ---- 8. Codes as images
@@ -820,24 +902,25 @@ def show_progress(done, total, start):
 def show(args):
     """Decode stored codes: ten images of each of up to ten classes, one class per row"""
     _, _, device = setup()
-    meta = read_meta(args.data)
-    codes, labels = open_codes(args.data, meta, SUFFIX[args.split])
-    path = args.tokenizer or meta["tokenizer"]
-    require(path, f"{args.data}: names no tokenizer, expected --tokenizer")
-    model = load_tokenizer(path, device, meta)
+    check_output(args.out)
+    data = Codes(args.data, args.tokenizer)
+    split = data.val
+    if args.split == "train":
+        split = (data.codes, data.labels)
+    require(split, f"{args.data}: has no codes_val.npy, expected a validation split")
+    require(data.meta["tokenizer"], f"{args.data}: names no tokenizer, expected --tokenizer")
+    model = load_tokenizer(data.meta["tokenizer"], device, data.meta)
 
+    _, labels = split
     classes = np.unique(labels)
     classes = classes[np.linspace(0, len(classes) - 1, min(10, len(classes))).astype(int)]
     rows = [np.flatnonzero(labels == label)[:10] for label in classes]
     images = []
     for row in rows:
-        some = torch.from_numpy(codes[row, 0].astype(np.int64))
-        require(some.max() < meta["vocab"], f"{codes.filename}: {some.max()}, expected codes from "
-                                            f"0 to {meta['vocab'] - 1}")
-        some = rearrange(some, "b (h w) -> b h w", h=meta["grid"]).to(device)
-        images.append(to_uint8(model.decode(some)))
+        codes, _ = data.read(split, row)
+        images.append(model.pixels(codes.to(device)))
     save_images(args.out, images, labels[np.concatenate(rows)])
-    names = [meta["classes"][label] for label in classes]
+    names = [data.meta["classes"][label] for label in classes]
     print(f"{args.out}: row by row {', '.join(names)}")
     return 0
 
@@ -845,24 +928,27 @@ def show(args):
 def reconstruct(args):
     """Images to codes and back, and the PSNR of the reconstructions
 
-    OUT is a .png, rows of images and below each its reconstruction, or an .npz of all
+    OUT is a .png, rows of images with their reconstructions below, or an .npz of all
     reconstructions. Their FID is a bound for every model on these codes.
     """
     _, _, device = setup()
     is_npz = args.out.endswith(".npz")
     require(is_npz or args.out.endswith(".png"), f"{args.out}: expected a .png or an .npz")
+    check_output(args.out)
     model = load_tokenizer(args.tokenizer, device)
     check_image_size(args.image_size, model)
     edge = args.image_size - 2 * args.margin
-    require(edge > 0, f"--margin is {args.margin}, expected less than half of --image_size")
+    require(0 < edge <= args.image_size,
+            f"--margin is {args.margin}, expected 0 to less than half of --image_size")
     inside = slice(args.margin, args.margin + edge)
     data = Images(args.images, [args.image_size])
+    chunks = np.split(np.arange(len(data)), range(16, len(data), 16))
     rows = []  # of the picture
     errors = []
 
     def reconstructions():
-        for futures in data.read(data.chunks(16)):
-            images = np.stack([future.result()[0] for future in futures])
+        for labels, (images,) in data.read(chunks):
+            require(labels.min() >= 0, f"{args.images}: expected readable images only")
             again = to_uint8(model.decode(model.encode(from_uint8(images).to(device))))
             difference = images.astype(float) - again
             errors.append(np.square(difference[:, inside, inside]).sum())
@@ -878,8 +964,8 @@ def reconstruct(args):
         save_images(args.out, rows, np.arange(len(rows)).repeat(len(rows[0])))
     psnr = math.inf
     if sum(errors) > 0:
-        psnr = 10 * np.log10(255**2 * len(data.items) * 3 * edge**2 / sum(errors))
-    print(f"{args.out}: PSNR {psnr:.2f} dB, {len(data.items):,} images")
+        psnr = 10 * np.log10(255**2 * len(data) * 3 * edge**2 / sum(errors))
+    print(f"{args.out}: PSNR {psnr:.2f} dB, {len(data):,} images")
     return 0
 
 
@@ -887,49 +973,74 @@ def reconstruct(args):
 
 
 def setup():
-    """-> this process's rank, the number of ranks, and its device; torchrun sets the environment"""
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    """-> this process's rank, the number of ranks, and its device; torchrun sets the environment
+
+    Raises BadInput if there are more processes than GPUs.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    rank = 0
+    if world_size > 1:  # RANK alone means nothing: schedulers set it, and shells keep it
+        rank = int(os.environ["RANK"])
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         gpus = torch.cuda.device_count()
         require(processes <= gpus, f"{processes} processes, expected one for each GPU: {gpus}")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-        # TF32 rounds: the codes made on a GPU would differ from those made on a CPU.
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
+        # As LlamaGen's scripts do: an A100 encodes ImageNet in hours instead of a day.
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
     if world_size > 1 and not dist.is_initialized():
-        # A day: ranks wait for one that saves or draws. One that ends is noticed at once anyway.
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
     return rank, world_size, device
 
 
-def wait_for_ranks():
+def from_rank_0(value):
+    """The value that rank 0 has, on every rank"""
+    values = [value]
     if dist.is_initialized():
-        try:
-            dist.all_reduce(torch.zeros(1))  # on the CPU, where a rank that has ended is noticed
-        except RuntimeError:
-            raise BadInput("another rank ended before the work was done") from None
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
+
+
+def run_program(main, program):
+    """Run main() and exit: 2 after bad input, 130 after Ctrl-C or SIGTERM, with one line each"""
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack the letters of a file's name
+        stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(code)
+    except (BadInput, OSError) as error:
+        complain(error, program)
+        code = 2
+    except KeyboardInterrupt:
+        complain("stopped", program)
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if dist.is_initialized():  # its tear-down could wait for ranks that wait for this one
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def complain(error, program="tokenizer.py"):
-    """One line, whatever a file is called"""
+    """One line on stderr, whatever a file is called"""
     print(f"{program}: {' '.join(str(error).split())[:1000]}", file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors of one line, where argparse prints the usage too"""
+    """Raises BadInput, where argparse prints the usage and exits"""
 
     def error(self, message):
         raise BadInput(message)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows each default, and the description in its own lines"""
 
 
 def integers(text):
@@ -939,7 +1050,40 @@ def integers(text):
         raise argparse.ArgumentTypeError(f"{text!r}, expected whole numbers like 4,2,1") from None
 
 
-def numbers(text):
+def parse_flags(program, text, config, argv):
+    """Command line -> dict of the given flags; each field of the dataclass `config` is one
+
+    A Literal lists its choices, a tuple is integers like 4,2,1, and numbers are at least 0 and
+    below 2^31. --help prints the text. Raises BadInput.
+    """
+    parser = Parser(program, "%(prog)s [--FLAG VALUE ...]", text, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(config):
+        kind = field.type
+        choices = get_args(kind)  # of a Literal
+        if choices:
+            kind = str
+        if kind is tuple:
+            kind = integers
+        parser.add_argument(f"--{field.name}", type=kind, choices=choices if choices else None,
+                            default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        numbers = value if isinstance(value, tuple) else [value]
+        for number in numbers:
+            if not isinstance(number, str):  # NaN is in no range
+                require(0 <= number < 2**31,
+                        f"--{name} is {number}, expected at least 0 and below 2^31")
+    return given
+
+
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}, expected 1 or more")
+    return int(text)
+
+
+def scales(text):
     return [float(x) for x in text.split(",")]
 
 
@@ -948,82 +1092,57 @@ def parse(argv):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND",
                                      help="COMMAND --help lists its flags")
-    limits = {}  # of the numbers
 
     def command(run, source, out):
+        """-> the method that adds a flag"""
         added = commands.add_parser(run.__name__, help=run.__doc__.splitlines()[0],
-                                    description=inspect.cleandoc(run.__doc__), allow_abbrev=False,
-                                    formatter_class=HelpFormatter)
+                                    description=run.__doc__, allow_abbrev=False,
+                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         added.set_defaults(run=run)
         added.add_argument(source, help=f"as {source.upper()} in tokenizer.py --help")
         added.add_argument("out", help=f"{out} to write")
-        return added
+        return added.add_argument
 
-    def number(command, name, default, lowest, highest, text, kind=int):
-        command.add_argument(f"--{name}", type=kind, default=default, help=text)
-        limits[name] = (lowest, highest)
+    flag = command(train, "images", "file")
+    flag("--image_size", type=positive, default=256, help="pixels per side")
+    flag("--steps", type=positive, default=12000, help="steps")
+    flag("--batch", type=positive, default=16, help="images per step")
+    flag("--lr", type=float, default=1e-3, help="learning rate")
+    flag("--seed", type=int, default=0, help="of weights and batches")
+    flag("--codebook_size", type=positive, default=256, help="codes, at most 65536")
+    flag("--ch", type=positive, default=32, help="channels, a multiple of 32")
+    flag("--ch_mult", type=integers, default="1,1,2", help="channels of each level, times ch")
+    flag("--z_channels", type=positive, default=32, help="channels before the codebook")
 
-    one = command(train, "images", "file")
-    number(one, "image_size", 256, 1, 1024, "pixels a side")
-    number(one, "steps", 12000, 1, 2**31, "steps")
-    number(one, "batch", 16, 1, 65536, "images a step")
-    number(one, "lr", 1e-3, 0, 2**31, "learning rate", float)
-    number(one, "seed", 0, 0, 2**31, "of weights and batches")
-    number(one, "codebook_size", 256, 1, 65536, "codes")
-    number(one, "ch", 32, 1, 1024, "channels, a multiple of 32")
-    number(one, "ch_mult", "1,1,2", 1, 16, "channels of each level, times ch", integers)
-    number(one, "z_channels", 32, 1, 4096, "channels before the codebook")
+    flag = command(encode, "images", "folder")
+    flag("--tokenizer", required=True, default=argparse.SUPPRESS, help="its file")
+    flag("--image_size", type=positive, default=256, help="pixels per side")
+    flag("--split", choices=["train", "val"], default="train",
+         help="part of the data set, to train on or to validate with")
+    flag("--views", choices=["center", "one", "ten_crop"], default="center",
+         help="center: crop and its mirror image; one: crop only; val: center or one")
+    flag("--scales", type=scales, default="1.1", help="sizes that ten_crop cuts from, in multiples "
+         "of image_size; 1.1,1.05 makes 20 views")
 
-    one = command(encode, "images", "folder")
-    one.add_argument("--tokenizer", required=True, default=argparse.SUPPRESS,
-                     help="its file")
-    number(one, "image_size", 256, 1, 1024, "pixels a side")
-    one.add_argument("--split", choices=["train", "val"], default="train",
-                     help="part of the data set, to train on or to validate with")
-    one.add_argument("--views", choices=["center", "one", "ten_crop"], default="center",
-                     help="center has the mirror image too, one has not; val: center or one")
-    number(one, "scales", "1.1", 1, 4, "sizes that ten_crop cuts from, in multiples of "
-           "image_size; 1.1,1.05 makes 20 views", numbers)
+    flag = command(show, "data", ".png")
+    flag("--tokenizer", help="its file, if not the one that the data set names")
+    flag("--split", choices=["train", "val"], default="train",
+         help="part of the data set, to train on or to validate with")
 
-    one = command(show, "data", ".png")
-    one.add_argument("--tokenizer", help="its file, if not the one that the data set names")
-    one.add_argument("--split", choices=["train", "val"], default="train",
-                     help="part of the data set, to train on or to validate with")
-
-    one = command(reconstruct, "images", ".png or .npz")
-    one.add_argument("--tokenizer", required=True, default=argparse.SUPPRESS,
-                     help="its file")
-    number(one, "image_size", 256, 1, 1024, "pixels a side")
-    number(one, "margin", 0, 0, 1024, "pixels a side that the PSNR leaves out")
-
-    args = parser.parse_args(argv)
-    for name, (lowest, highest) in limits.items():
-        for value in np.atleast_1d(getattr(args, name, lowest)):  # NaN is in no range
-            require(lowest <= value <= highest,
-                    f"--{name} is {value}, expected {lowest} to {highest}")
-    return args
+    flag = command(reconstruct, "images", ".png or .npz")
+    flag("--tokenizer", required=True, default=argparse.SUPPRESS, help="its file")
+    flag("--image_size", type=positive, default=256, help="pixels per side")
+    flag("--margin", type=int, default=0, help="pixels per side that the PSNR leaves out")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
-    """-> exit code"""
-    try:
-        args = parse(argv)
-        require(args.run is encode or os.environ.get("WORLD_SIZE", "1") == "1",
-                f"{args.run.__name__} runs in one process, torchrun started several")
-        return args.run(args)
-    except BadInput as error:
-        complain(error)
-        return 2
-    except KeyboardInterrupt:
-        complain("stopped")
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    """-> exit code. Raises BadInput."""
+    args = parse(argv)
+    require(args.run is encode or int(os.environ.get("WORLD_SIZE") or 1) == 1,
+            f"{args.run.__name__} runs in one process, torchrun started several")
+    return args.run(args)
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup wants it ignored
-            signal.signal(number, signal.default_int_handler)
-    sys.exit(main())
+    run_program(main, "tokenizer.py")
