@@ -10,106 +10,34 @@ $ python npp.py                                          # minutes on a CPU, end
 $ torchrun --nproc_per_node=8 npp.py --model B --data codes/imagenet256           # the paper
 $ python npp.py --sample out/tiny/ckpt.pt --classes Sandal,Bag --out bags.png
 $ torchrun --nproc_per_node=8 -- npp.py --sample out/B/ckpt.pt --n 50000 --out b.npz
-(Without the -- torchrun would read --n as a flag of its own.)
 
 Shapes: B images of N = grid * grid codes, h * h patches of K = p * p codes, vocabulary V, S
 positions of width D, H heads.
 """
 
-import argparse
-import fcntl
 import inspect
 import json
 import math
 import os
 import signal
-import sys
 import time
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from functools import lru_cache, partial
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # unused here; if DDP imports it late, the exit can crash
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 
-from tokenizer import (BadInput, Parser, complain, integers, load_file, load_tokenizer, open_codes,
-                       read_meta, replace_file, require, save_images, setup, to_uint8,
-                       wait_for_ranks)
+from tokenizer import (BadInput, Codes, class_numbers, load_tokenizer, parse_flags,
+                       reading, replace_file, require, run_program, save_images, setup)
 
-# -------------------------------------------------------------------------------------------------
-# Configuration: every field is a flag, and --help prints this class
-
-SIZES = {  # beside each, its parameters in millions for a vocabulary of 16,384
-    "tiny": dict(n_layer=4, n_head=4, dim=128),
-    "B": dict(n_layer=12, n_head=12, dim=768),     # 111
-    "L": dict(n_layer=24, n_head=16, dim=1024),    # 343
-    "XL": dict(n_layer=36, n_head=20, dim=1280),   # 775
-    "XXL": dict(n_layer=48, n_head=24, dim=1536),  # 1411
-    "3B": dict(n_layer=24, n_head=32, dim=3200),   # 3097
-}
-
-
-@dataclass
-class Config:
-    # The defaults are the paper's. But the default model, tiny, has its own steps, batch, lr, ..
-    data: str = "data/fashion"   # folder of codes, written by tokenizer.py encode
-    out: str = ""                # folder of the run (default: out/MODEL), or file of samples
-    init: str = ""               # checkpoint whose weights to start from
-    # These decide the result: a run is resumed only with the same values.
-    model: str = "tiny"          # tiny, B, L, XL, XXL or 3B
-    patches: tuple = (2, 1)      # patch edge p of each stage; 4,2,1 adds a level
-    lam: float = 0.5             # stage i of L ends at lam^(L-1-i) of the steps; 4,2,1: 1/4, 1/2, 1
-    epochs: float = 300.0        # passes over the images
-    steps: int = 0               # total steps, instead of epochs
-    batch: int = 256             # images in a step, over all ranks
-    lr: float = 1e-4             # learning rate for 256 images: lr * batch / 256 is used
-    lr_min: float = 1e-5         # where the decay of each stage ends: not scaled, as in the paper
-    warmup_epochs: float = 1.0   # warm-up of each stage, at most a tenth of it
-    decay_frac: float = 0.2      # last part of each stage, in which the rate decays
-    weight_decay: float = 0.05   # of matrices and embeddings
-    clip: float = 1.0            # largest gradient norm
-    dropout: float = 0.1         # on token embeddings, attention and feed-forward outputs
-    class_dropout: float = 0.1   # share of labels replaced by the null label, for guidance
-    seed: int = 0                # of weights, batches, dropout and samples
-    # These change the result by rounding or dropout masks at most.
-    micro_batch: int = 0         # images in one forward; 0: a rank's whole share, 100 when sampling
-    compile: str = "auto"        # true, false, or auto: true for training on a GPU
-    dtype: str = "auto"          # float32, bfloat16, or auto: bfloat16 on a GPU
-    log_every: int = 100         # steps between lines of log.jsonl
-    eval_every: int = 2000       # steps between validation losses
-    save_every: int = 2000       # steps between checkpoints
-    # These are about samples.
-    sample: str = ""             # checkpoint to sample from, instead of training
-    n: int = 0                   # number of samples; 0: ten of each class
-    # These are about samples, and about the pictures that training draws.
-    classes: str = ""            # Sandal,Bag or 5,8 or random; empty: all, in a .png at most ten
-    cfg_scale: float = 2.0       # guidance scale; 1: no guidance
-    temperature: float = 1.0     # divides the logits
-    top_k: int = 0               # keep the k likeliest codes; 0: all
-    top_p: float = 1.0           # keep the likeliest codes up to this probability
-    tokenizer: str = ""          # file that turns codes into images (default: the data's own)
-    image_size: int = 0          # pixels a side, if the checkpoint does not tell (default: 256)
-    image_size_eval: int = 0     # resize samples to this many pixels before saving
-
-
-TINY = dict(steps=1200, batch=64, lr=8e-3,   # the rate used is 8e-3 * 64 / 256 = 2e-3
-            dropout=0.0, log_every=25, eval_every=200, save_every=200)
-
-# Random numbers come from np.random.default_rng((seed, purpose, ..)). These are the purposes.
-ORDER, VIEWS, DROPOUT, NOISE, CLASSES = range(5)
-
-# The flags that must be the same where a run is resumed. Epochs are compared as steps.
-RECIPE = ("model patches lam steps batch lr lr_min warmup_epochs decay_frac weight_decay "
-          "clip dropout class_dropout seed").split()
-
-# -------------------------------------------------------------------------------------------------
-# 1. Next patch prediction
-
+# ---- 1. Next patch prediction --------------------------------------------------------------------
 
 def patchify(x, p):
     """Average the embeddings in each p x p block (Eq. 2): (B, N, D) -> (B, N/K, D)"""
@@ -169,9 +97,7 @@ def lr_at(step, total, patches, lam, lr, lr_min, warmup, decay_frac):
     return warmup_factor * (lr_min + (lr - lr_min) * decay_factor)
 
 
-# -------------------------------------------------------------------------------------------------
-# 2. Rotary positions in two dimensions
-
+# ---- 2. Rotary positions in two dimensions -------------------------------------------------------
 
 def rope_2d(h, head_dim, device=None):
     """cos and sin (1 + h*h, head_dim/2, 2) for an h x h grid of patches, class position first
@@ -199,23 +125,7 @@ def rotate(x, rope):
     return turned.flatten(-2).type_as(x)
 
 
-# -------------------------------------------------------------------------------------------------
-# 3. The transformer: a Llama whose parts are named as in LlamaGen's published checkpoints
-
-
-class KVCache:
-    """Keys and values of one layer at the positions so far, while sampling"""
-
-    def __init__(self, batch, n_head, positions, head_dim, like):
-        self.k = like.new_zeros(batch, n_head, positions, head_dim)
-        self.v = like.new_zeros(batch, n_head, positions, head_dim)
-
-    def update(self, position, k, v, length):
-        """Store k and v (B, H, 1, head_dim) at position (1,), return the first `length` of each"""
-        self.k.index_copy_(2, position, k.type_as(self.k))
-        self.v.index_copy_(2, position, v.type_as(self.v))
-        return self.k[:, :, :length], self.v[:, :, :length]
-
+# ---- 3. The transformer: a Llama with the names of LlamaGen's checkpoints ------------------------
 
 class Attention(nn.Module):
     def __init__(self, dim, n_head, dropout):
@@ -228,8 +138,8 @@ class Attention(nn.Module):
     def forward(self, x, rope, cache=None, position=None, mask=None):
         """x (B, S, D) -> (B, S, D), causal
 
-        With a KV cache x is a single position, position (1,) says which, and mask (1, length)
-        says which of the first `length` positions it attends to.
+        While sampling S = 1: x stands at `position` (1,), its key and value go into the cache
+        (2, B, H, N/K, head_dim), and mask (1, length) tells what of the cache it attends to.
         """
         q, k, v = rearrange(self.wqkv(x), "b s (qkv head d) -> qkv b head s d", qkv=3,
                             head=self.n_head)
@@ -238,7 +148,8 @@ class Attention(nn.Module):
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            k, v = cache.update(position, k, v, length=mask.shape[1])   # (B, H, length, head_dim)
+            cache.index_copy_(3, position, torch.stack([k, v]).type_as(cache))
+            k, v = cache[:, :, :, : mask.shape[1]]                      # (B, H, length, head_dim)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         y = rearrange(y, "b head s d -> b s (head d)")
         return self.dropout(self.wo(y))
@@ -249,9 +160,7 @@ def ffn_width(dim):
     return 256 * math.ceil(int(8 * dim / 3) / 256)
 
 
-class FeedForward(nn.Module):
-    """SwiGLU"""
-
+class FeedForward(nn.Module):  # SwiGLU
     def __init__(self, dim, dropout):
         super().__init__()
         self.w1 = nn.Linear(dim, ffn_width(dim), bias=False)
@@ -305,15 +214,14 @@ class Transformer(nn.Module):
         return self.cls_embedding["embedding_table"](labels)[:, None]   # (B, 1, D)
 
     def embed_patches(self, codes, p):
-        # Another way to aggregate a patch goes here, for training and sampling; at p = 1 it should
-        # change nothing. If it has weights, make them at the end of __init__, so that the others
-        # start as before. Shapes depend on p, so build and load_model must pass the patches to
-        # Transformer; files without these weights are then refused. Where some p does not use them,
-        # DistributedDataParallel needs find_unused_parameters=True.
+        # Another way to aggregate a patch goes here, for training and sampling. At p = 1 it should
+        # change nothing. If it has weights, create them at the end of __init__, so that the others
+        # start as before; if these depend on p, build() and load_model() must pass cfg.patches. A
+        # stage that leaves some unused needs DistributedDataParallel(find_unused_parameters=True).
         return patchify(self.tok_embeddings(codes), p)                  # (B, N/K, D)
 
-    def forward(self, codes, labels, p=1):
-        """codes (B, N), labels (B,) -> float32 logits (B, N/K, V)
+    def forward(self, codes, labels, p=1, loss=False):
+        """codes (B, N), labels (B,) -> float32 logits (B, N/K, V), or their loss
 
         The class goes in front and the last patch is dropped. So position i sees the class and the
         patches before i, and predicts patch i: all its K codes by one distribution.
@@ -325,22 +233,26 @@ class Transformer(nn.Module):
         rope = rope[:-1]                    # without the dropped one     (N/K, head_dim/2, 2)
         for layer in self.layers:
             x = layer(x, rope)                                          # (B, N/K, D)
-        return self.output(self.norm(x)).float()                        # (B, N/K, V)
+        logits = self.output(self.norm(x)).float()                      # (B, N/K, V)
+        if loss:  # here and not in a method: DistributedDataParallel wraps forward() alone
+            return npp_loss(logits, patch_targets(codes, p))
+        return logits
 
     def loss(self, codes, labels, p=1):
         """What training minimises: codes (B, N), labels (B,) -> scalar"""
-        return npp_loss(self(codes, labels, p), patch_targets(codes, p))
+        return self(codes, labels, p, loss=True)
 
     def next_logits(self, x, rope, caches, position, mask):
-        """forward for one position with a KV cache per layer: x (B, 1, D) -> logits (B, V)"""
+        """forward for one position, with a KV cache per layer: x (B, 1, D) -> logits (B, V)"""
         for layer, cache in zip(self.layers, caches):
             x = layer(x, rope, cache, position, mask)
         return self.output(self.norm(x))[:, 0].float()
 
 
-# -------------------------------------------------------------------------------------------------
-# 4. Sampling: plain next-token prediction. In the last stage, p = 1, the average of a patch is the
-# embedding of its one code, as in a model that never saw patches.
+# ---- 4. Sampling: plain next-token prediction ----------------------------------------------------
+#
+# In the last stage, p = 1, the average of a patch is the embedding of its one code, as in a model
+# that never saw patches.
 
 
 def choose(logits, u, temperature=1.0, top_k=0, top_p=1.0):
@@ -368,9 +280,8 @@ def choose(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 class CachedModel:
     """A model that runs one position at a time: cached(x, i), x (B, 1, D) -> logits (B, V)
 
-    It keeps the keys and values of the positions before i, so that each is computed once.
-    CompiledModel (section 8) is the same for a GPU. It reads more of the caches than is filled, and
-    the mask hides the rest. Here the mask hides nothing.
+    It keeps the keys and values of the positions so far, so that each is computed once.
+    compile_steps (section 8) makes it fast on a GPU.
     """
 
     def __init__(self, model, batch, p=1):
@@ -378,24 +289,21 @@ class CachedModel:
         weight = model.output.weight
         self.rope = rope_2d(h, model.head_dim, weight.device)
         self.positions = torch.arange(h * h, device=weight.device)
-        self.caches = [KVCache(batch, model.n_head, h * h, model.head_dim, like=weight)
-                       for _ in model.layers]
+        shape = (2, batch, model.n_head, h * h, model.head_dim)         # 2: keys and values
+        self.caches = [weight.new_zeros(shape) for _ in model.layers]
         self.next_logits = model.next_logits
-
-    def cache_length(self, i):
-        """How many positions of the caches to read at position i"""
-        return i + 1
+        self.unit = 1
 
     def __call__(self, x, i):
-        length = self.cache_length(i)
-        mask = (self.positions[:length] <= i)[None]                     # (1, length)
+        length = (i // self.unit + 1) * self.unit       # to read: all that is filled, rounded up
+        mask = (self.positions[:length] <= i)[None]     # hides what is not filled  (1, length)
         position = self.positions[i : i + 1]
         return self.next_logits(x, self.rope[i : i + 1], self.caches, position, mask)
 
 
 @torch.no_grad()
-def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, noise=None,
-             compile=False, p=1, cached=None):
+def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, noise=None, p=1,
+             cached=None):
     """Draw codes, one position after the other: labels (B,) -> codes (B, N)
 
     Classifier-free guidance takes the logits uncond + cfg_scale * (cond - uncond). noise: uniform
@@ -412,8 +320,7 @@ def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, 
     if guided:  # one batch of both: with the class, and with the null label
         labels = torch.cat([labels, torch.full_like(labels, model.classes)])
     if cached is None:
-        kind = CompiledModel if compile else CachedModel
-        cached = kind(model, len(labels), p)
+        cached = CachedModel(model, len(labels), p)
     finite = torch.ones((), dtype=torch.bool, device=labels.device)
 
     codes = []
@@ -435,43 +342,65 @@ def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, 
     return rearrange(codes, "b (h w) (p1 p2) -> b (h p1 w p2)", h=model.grid // p, p1=p)
 
 
-def noise_of(seed, numbers, length):
-    """Uniforms (len(numbers), length): those of image i depend on seed and i, not on its chunk"""
-    generators = [np.random.default_rng((seed, NOISE, int(i))) for i in numbers]
-    return torch.from_numpy(np.stack([g.random(length, np.float32) for g in generators]))
+# ---- 5. Settings, and batches that are a pure function of (seed, step) ---------------------------
+
+SIZES = {  # beside each, its parameters in millions for a vocabulary of 16,384
+    "tiny": dict(n_layer=4, n_head=4, dim=128),
+    "B": dict(n_layer=12, n_head=12, dim=768),     # 111
+    "L": dict(n_layer=24, n_head=16, dim=1024),    # 343
+    "XL": dict(n_layer=36, n_head=20, dim=1280),   # 775
+    "XXL": dict(n_layer=48, n_head=24, dim=1536),  # 1411
+    "3B": dict(n_layer=24, n_head=32, dim=3200),   # 3097
+}
 
 
-# -------------------------------------------------------------------------------------------------
-# 5. Data: batches that are a pure function of (seed, step)
+@dataclass
+class Config:
+    # The defaults are the paper's. The default model, tiny, has its own: see TINY below.
+    data: str = "data/fashion"   # folder of codes, written by tokenizer.py encode
+    out: str = ""                # folder of the run (default: out/MODEL), or file of samples
+    # These determine the result; resuming needs the same values.
+    init: str = ""               # checkpoint whose weights to start from
+    model: Literal["tiny", "B", "L", "XL", "XXL", "3B"] = "tiny"
+    patches: tuple = (2, 1)      # patch edge p of each stage; 4,2,1 adds a level
+    lam: float = 0.5             # stage i of L ends at lam^(L-1-i) of the steps; 4,2,1: 1/4, 1/2, 1
+    epochs: float = 300.0        # passes over the images
+    steps: int = 0               # total steps, instead of epochs
+    batch: int = 256             # images in a step, over all ranks
+    lr: float = 1e-4             # learning rate for 256 images: lr * batch / 256 is used
+    lr_min: float = 1e-5         # where the decay of each stage ends: not scaled, as in the paper
+    warmup_epochs: float = 1.0   # warm-up of each stage, at most a tenth of it
+    decay_frac: float = 0.2      # last part of each stage, in which the rate decays
+    weight_decay: float = 0.05   # of matrices and embeddings
+    clip: float = 1.0            # largest gradient norm
+    dropout: float = 0.1         # on token embeddings, attention and feed-forward outputs
+    class_dropout: float = 0.1   # share of labels replaced by the null label, for guidance
+    seed: int = 0                # of weights, batches, dropout and samples
+    # No effect beyond rounding and dropout masks, which training amplifies.
+    micro_batch: int = 0         # images in one forward; 0: a rank's share, samples 100
+    compile: Literal["auto", "true", "false"] = "auto"      # auto: when training on a recent GPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a recent GPU
+    log_every: int = 100         # steps between lines of log.jsonl
+    eval_every: int = 2000       # steps between validation losses, each with a checkpoint
+    # Sampling
+    sample: str = ""             # checkpoint to sample from, instead of training
+    n: int = 0                   # number of samples; 0: ten of each class
+    # Sampling, and the pictures that training draws
+    classes: str = ""            # Sandal,Bag or 5,8 or random; empty: all, in a .png at most ten
+    cfg_scale: float = 2.0       # guidance scale; 1: no guidance
+    temperature: float = 1.0     # divides the logits
+    top_k: int = 0               # keep the k likeliest codes; 0: all
+    top_p: float = 1.0           # keep the likeliest codes up to this probability
+    tokenizer: str = ""          # file that turns codes into images (default: the data's own)
+    image_size: int = 0          # pixels per side, if the checkpoint does not tell (default: 256)
+    image_size_eval: int = 0     # resize samples to this many pixels before saving
 
 
-class Codes:
-    """A folder that tokenizer.py encode wrote. Raises BadInput.
+TINY = dict(steps=1200, batch=64, lr=8e-3,   # the rate used is 8e-3 * 64 / 256 = 2e-3
+            dropout=0.0, log_every=25, eval_every=200)
 
-    codes (images, views, N) and labels (images,) are memory-mapped. The views of an image are the
-    crops of it that were encoded; training draws one at random. val is the same pair for the
-    validation split, or None. meta is meta.json (vocab, grid, image_size, classes, tokenizer, ..)
-    and the number of images; checkpoints hold it too.
-    """
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.meta = read_meta(folder)
-        self.codes, self.labels = open_codes(folder, self.meta)
-        self.meta["images"] = len(self.codes)
-        self.val = None
-        if os.path.exists(os.path.join(folder, "codes_val.npy")):
-            self.val = open_codes(folder, self.meta, "_val")
-
-    def read(self, split, index, view=0):
-        """Codes and labels of the images (b,) of a split -> int64 tensors (b, N), (b,)"""
-        all_codes, all_labels = split
-        codes = all_codes[index, view]
-        if codes.max() >= self.meta["vocab"]:
-            worst = codes.max(axis=1).argmax()
-            raise BadInput(f"{all_codes.filename}: image {index[worst]} has code {codes.max()}, "
-                           f"expected 0 to {self.meta['vocab'] - 1}")
-        return torch.from_numpy(codes).long(), torch.from_numpy(all_labels[index]).long()
+# Random numbers come from np.random.default_rng((seed, purpose, ...)). These are the purposes.
+ORDER, VIEWS, DROPOUT, NOISE, CLASSES = range(5)
 
 
 def batch_at(data, step, cfg, rows=slice(None)):
@@ -498,16 +427,7 @@ def epoch_order(images, seed, epoch):
     return np.random.default_rng((seed, ORDER, epoch)).permutation(images)
 
 
-# -------------------------------------------------------------------------------------------------
-# 6. Training
-
-
-def fetch(data, step, cfg, rows, device):
-    codes, labels = batch_at(data, step, cfg, rows)
-    if device.type == "cuda":  # a copy from pinned memory runs in the background
-        codes, labels = codes.pin_memory(), labels.pin_memory()
-    return codes.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-
+# ---- 6. Training ---------------------------------------------------------------------------------
 
 def build(cfg, meta, device):
     """-> a new model with the random weights of cfg.seed, and its optimizer"""
@@ -522,50 +442,55 @@ def build(cfg, meta, device):
     return model, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-class Loss(nn.Module):
-    """DistributedDataParallel wraps only a forward(), so the loss has to be one"""
+def train_step(model, optimizer, codes, labels, p, clip=1.0, pieces=1, dtype="float32"):
+    """Update the weights once: codes (b, N), labels (b,) -> this rank's loss, gradient norm
 
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
+    Gradients add up over `pieces` micro-batches. After the last one DDP averages them over ranks.
+    """
+    autocast = torch.autocast(codes.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    mean_loss = torch.zeros((), device=codes.device)
+    for i, (c, y) in enumerate(zip(codes.chunk(pieces), labels.chunk(pieces))):
+        sync = nullcontext()
+        if dist.is_initialized() and i < pieces - 1:
+            sync = model.no_sync()              # must cover the forward, where DDP reads it
+        with sync, autocast:
+            loss = model(c, y, p, loss=True) / pieces
+        loss.backward()
+        mean_loss += loss.detach()              # .item() would wait for the GPU
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return mean_loss, norm
 
-    def forward(self, codes, labels, p):
-        return self.model.loss(codes, labels, p)
 
+def train(cfg, rank, world_size, device):
+    """Train the run in cfg.out, or resume it -> exit code
 
-def train(cfg):
-    """Train, or go on training, the run in cfg.out -> exit code
-
-    A resumed run is bit-exact in one process on a CPU, if micro_batch, dtype and compile stay:
-    - the checkpoint holds the weights and the optimizer's moments;
-    - patch edge, learning rate and batch (with its views and dropped labels) follow from the step;
-    - dropout is seeded anew in each step, so there is no state of a random generator to keep.
+    A resumed run is bit-exact in one process on a CPU, if micro_batch, dtype and compile stay. The
+    checkpoint holds the weights and the optimizer's moments. Patch edge, learning rate and batch
+    follow from the step. Dropout is seeded anew in each step, so no generator has a state to keep.
     Several processes, or a GPU, may add up gradients in another order.
     """
-    rank, world_size, device = setup()
-    data = Codes(cfg.data)
-    fill_in(cfg, data, world_size)
+    data = Codes(cfg.data, cfg.tokenizer)
+    check(cfg, data, world_size)
     model, optimizer = build(cfg, data.meta, device)
-    checkpoint = f"{cfg.out}/ckpt.pt"
-    if cfg.init and not os.path.exists(checkpoint):
-        start_from(model, cfg.init)
-    watcher = Watcher(cfg, data, model, optimizer, rank)                # takes the folder cfg.out
-    first = resume(checkpoint, cfg, data.meta, model, optimizer)
-    watcher.start(first)
+    first, log = resume(cfg, data.meta, model, optimizer)
+    if first == cfg.steps:
+        return 0                                                        # finished, says resume()
+    recorder = Recorder(cfg, data, model, optimizer, log)
 
-    loss_of = Loss(model)
+    wrapped = model
     if world_size > 1:  # every p uses every parameter, so DDP never waits for a missing gradient
-        loss_of = nn.parallel.DistributedDataParallel(loss_of)
-    if cfg.compile == "true":  # DDP is compiled too, so it exchanges during the backward
-        loss_of = torch.compile(loss_of, dynamic=False)                 # one graph for each p
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    if cfg.compile == "true":  # with DDP inside, so that it exchanges during the backward
+        wrapped = torch.compile(wrapped, dynamic=False)                 # one graph for each p
     peak_lr = cfg.lr * cfg.batch / 256
     warmup = cfg.warmup_epochs * len(data.codes) / cfg.batch            # in steps
-    # 256 images on 8 ranks: 32 each, with micro_batch 8 in 4 pieces. (fill_in checks that it fits.)
+    # 256 images on 8 ranks: 32 each, with micro_batch 8 in 4 pieces.
     local_batch = cfg.batch // world_size
     rows = slice(rank * local_batch, (rank + 1) * local_batch)
-    micro_batch = cfg.micro_batch if cfg.micro_batch else local_batch
-    pieces = local_batch // micro_batch
+    pieces = local_batch // cfg.micro_batch if cfg.micro_batch else 1
+    catch_signals()
 
     for step in range(first, cfg.steps):
         # From stage to stage only p changes. Weights and optimizer go on as they are.
@@ -574,180 +499,130 @@ def train(cfg):
                    cfg.decay_frac)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        codes, labels = fetch(data, step, cfg, rows, device)    # a GPU still computes the last step
+        codes, labels = batch_at(data, step, cfg, rows)     # a GPU still computes the last step
+        codes = codes.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
         dropout_seed = np.random.default_rng((cfg.seed, DROPOUT, step, rank)).integers(2**62)
         torch.manual_seed(dropout_seed)
+        loss, norm = train_step(wrapped, optimizer, codes, labels, p, cfg.clip, pieces, cfg.dtype)
 
-        # gradients add up over micro-batches, and after the last one DDP averages over ranks
-        mean_loss = torch.zeros((), device=device)
-        for i, (c, y) in enumerate(zip(codes.split(micro_batch), labels.split(micro_batch))):
-            sync = nullcontext()
-            if world_size > 1 and i < pieces - 1:
-                sync = loss_of.no_sync()        # must cover the forward, where DDP reads it
-            with sync, autocast:
-                loss = loss_of(c, y, p) / pieces
-            loss.backward()
-            mean_loss += loss.detach()          # .item() would wait for the GPU
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        stopped = watcher.after_step(step + 1, p, end, lr, mean_loss, norm)
-        if stopped:
-            return 130                                                  # as a signal asked for it
-    watcher.finish()
+        done = step + 1
+        recorder.losses.append(loss)
+        evaluate = done == end or done % cfg.eval_every == 0
+        stop = world_size == 1 and len(signals) > 0         # several ranks ask each other below
+        if stop or evaluate or done == 1 or done % cfg.log_every == 0:
+            recorder.record(done, p, lr, norm, evaluate)
+            stop = mean_over_ranks(torch.tensor(float(len(signals)))) > 0
+            if done == end:
+                recorder.save(f"ckpt_p{p}.pt", done)
+            if stop or evaluate:
+                recorder.save("ckpt.pt", done)  # after ckpt_p: resume looks at this file alone
+            if done == end:
+                recorder.draw(p)
+            if stop and done < cfg.steps:
+                print(f"stopped after step {done:,}; run the same command to resume")
+                return 130
+            recorder.window_start = time.time()
     return 0
 
 
-# -------------------------------------------------------------------------------------------------
-# The lesson ends here. 7 watches training, 8 loads models and draws samples, 9 reads the flags.
-#
-# 7. What only watches training, and saves it
+# End of the method. The rest is plumbing.
+# ---- 7. Logging, validation, checkpoints ---------------------------------------------------------
 
+class Recorder:
+    """Log, checkpoints and pictures of a run. Every rank takes part in sums, and rank 0 writes.
 
-class Watcher:
-    """Log, progress line, validation, pictures and checkpoints of a run, and whether to stop it"""
+    log: the lines so far. The checkpoint holds them too, so log.jsonl is written anew on resume.
+    """
 
-    def __init__(self, cfg, data, model, optimizer, rank):
+    def __init__(self, cfg, data, model, optimizer, log):
         self.cfg = cfg
         self.data = data
         self.model = model
         self.optimizer = optimizer
-        self.rank = rank
-        self.device = model.output.weight.device
-        self.losses = []
-        self.tokenizer = None
-        if data.meta["tokenizer"]:
-            self.tokenizer = load_tokenizer(data.meta["tokenizer"], self.device, data.meta)
-        wanted = cfg.classes if cfg.classes != "random" else ""
-        self.classes = class_numbers(wanted, data.meta["classes"], most=10)
-        if rank == 0:
-            self.lock = lock_folder(cfg.out)
-        wait_for_ranks()                                # no rank reads the folder before it is ours
-
-    def start(self, first):
-        """Before the first step: cut the log, say where training stands"""
-        wait_for_ranks()                                # rank 0 may write: all have read ckpt.pt
-        self.first = first
-        if self.rank == 0 and first == self.cfg.steps:
-            say(f"{self.cfg.out} is finished after {first:,} steps")
-        elif self.rank == 0:
-            cut_log(self.path("log.jsonl"), first)
-            if first == 0:
-                self.save("ckpt.pt", 0)                 # so another recipe is refused from now on
-            size = sum(w.numel() for w in self.model.parameters())
-            say(f"{self.cfg.model}, {size:,} parameters; {self.data.meta['images']:,} images; "
-                f"steps {first:,} to {self.cfg.steps:,}; in {self.cfg.out}")
-        interrupt.save_on_signal = True
-        self.seconds = 0.0                              # of training alone, without pictures
+        self.log = log
+        self.losses = []                        # of the steps since the last line
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        if self.rank == 0:
+            if not os.path.exists(f"{cfg.out}/ckpt.pt"):
+                self.save("ckpt.pt", 0)         # another recipe is refused from now on
+            with open(f"{cfg.out}/log.jsonl", "w") as f:
+                f.writelines(json.dumps(line) + "\n" for line in log)
+            parameters = sum(w.numel() for w in model.parameters())
+            print(f"{cfg.model}, {parameters:,} parameters; {data.meta['images']:,} images; "
+                  f"{cfg.steps:,} steps; in {cfg.out}", flush=True)
         self.window_start = time.time()
 
-    def path(self, name):
-        return os.path.join(self.cfg.out, name)
-
-    def after_step(self, done, p, end, lr, step_loss, norm):
-        """After `done` steps, in a stage that ends at `end` -> whether to stop here"""
-        cfg = self.cfg
-        self.losses.append(step_loss)
-        stop = interrupt.first_signal is not None and done < cfg.steps  # see section 9
-        if dist.is_initialized():
-            # Any rank may have got the signal. They ask each other seldom, as that takes time.
-            stop = done % 10 == 0 and any_rank(stop)
-        save = stop or done == end or done % cfg.save_every == 0
-        evaluate = done == end or done % cfg.eval_every == 0
-        if not save and not evaluate and done % cfg.log_every > 0:
-            return False
-
+    def record(self, done, p, lr, norm, evaluate):
+        """Add a line to the log, with a validation loss if asked, and show progress"""
         loss = mean_over_ranks(torch.stack(self.losses).mean()).item()
+        speed = len(self.losses) * self.cfg.batch / (time.time() - self.window_start)
+        self.losses = []
         require(math.isfinite(loss) and math.isfinite(norm), f"the loss is {loss} at step {done}, "
                 f"the gradient norm {norm:g}: try a lower --lr; the last checkpoint is older")
-        seconds = time.time() - self.window_start
-        self.seconds += seconds
-        speed = len(self.losses) * cfg.batch / seconds
-        record = {"step": done, "p": p, "loss": loss, "lr": lr, "img_s": round(speed, 1)}
+        line = {"step": done, "p": p, "loss": loss, "lr": lr, "img_s": round(speed, 1)}
+        text = f"step {done:,}  p {p}  loss {loss:.3f}  {speed:,.0f} img/s"
         if evaluate and self.data.val:
-            record["val_loss"] = validate(self.model, self.data, cfg, self.device)
+            line["val_loss"] = validation_loss(self.model, self.data, self.cfg)
+            text += f"  val (p 1) {line['val_loss']:.3f}"
+        self.log.append(line)
         if self.rank == 0:
-            self.log(record)
-            if done == end:
-                self.save(f"ckpt_p{p}.pt", done)
-                self.save_samples(p)
-            if save:
-                self.save("ckpt.pt", done)              # last: resume looks at this file alone
-        # Each checkpoint empties the list too, so a resumed run logs the same means.
-        self.losses = []
-        self.window_start = time.time()
-        if stop:
-            wait_for_ranks()                            # or torchrun ends rank 0 while it saves
-            if self.rank == 0:
-                say(f"\nstopped after step {done:,}: the same command goes on from there")
-        return stop
+            with open(f"{self.cfg.out}/log.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
+            # A step on patches costs about 1/p^2 of one on single codes.
+            spans = stages(self.cfg.steps, self.cfg.patches, self.cfg.lam)
+            work = sum((end - first) / q**2 for q, first, end in spans)
+            left = sum(max(0, end - max(first, done)) / q**2 for q, first, end in spans)
+            seconds = timedelta(seconds=round(left * p**2 * self.cfg.batch / speed))
+            print(f"{1 - left / work:4.0%}  {text}  {seconds} left", flush=True)
 
-    def log(self, record):
-        """A line of log.jsonl, and the progress line"""
-        path = self.path("log.jsonl")
-        try:
-            with open(path, "a") as f:
-                f.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise BadInput(f"{path}: cannot be written ({error})") from None
-        text = "step {step:,}  p {p}  loss {loss:.3f}  {img_s:,.0f} img/s".format(**record)
-        if "val_loss" in record:
-            text += f"  val (p 1) {record['val_loss']:.3f}"
-        before = self.work(self.first)
-        now = self.work(record["step"])
-        total = self.work(self.cfg.steps)
-        progress(f"{now / total:4.0%}  {text}", self.seconds * (total - now) / (now - before))
-
-    def work(self, until):
-        """Work done until a step: a step on patches costs about 1/p^2 of one on single codes"""
-        spans = stages(self.cfg.steps, self.cfg.patches, self.cfg.lam)
-        return sum(max(0, min(until, end) - first) / p**2 for p, first, end in spans)
-
-    def save_samples(self, p):
-        """Ten samples of up to ten classes, as the stage of p draws them"""
-        if self.tokenizer:
-            labels = self.classes.repeat(10)
-            images = list(draw(self.model, self.tokenizer, labels, self.cfg, p))
-            save_images(self.path(f"samples_p{p}.png"), images, labels.numpy())
-            if p == 1:
-                save_images(self.path("samples.png"), images, labels.numpy())
-
-    def save(self, name, step):
-        """A checkpoint: step, flags, weights, optimizer and, so that samples need no data set, the
-        whole of data.meta (vocab, grid, images, classes, tokenizer, tokenizer_sha256, ..)
+    def save(self, name, done):
+        """A checkpoint. With all of data.meta (vocab, grid, classes, tokenizer, ...) it can be
+        sampled from without the data set.
         """
-        state = dict(self.data.meta, step=step, config=asdict(self.cfg),
-                     model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
-        replace_file(self.path(name), lambda f: torch.save(state, f))
+        if self.rank == 0:
+            state = dict(self.data.meta, step=done, log=self.log, config=asdict(self.cfg),
+                         model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
+            replace_file(f"{self.cfg.out}/{name}", partial(torch.save, state))
 
-    def finish(self):
-        if self.rank > 0 or self.tokenizer is None:
-            return
-        command = f"python npp.py --sample {self.path('ckpt.pt')}"
-        rows = ", ".join(self.data.meta["classes"][i] for i in self.classes)
-        say(f"\nsee {self.path('samples.png')}, row by row {rows}; then try\n"
-            f"{command} --cfg_scale 4 --out strong.png")
-        reference = os.path.join(self.cfg.data, "reference.npz")
-        if os.path.exists(reference):
-            say(f"{command} --n 1000 --out samples.npz && python fid.py samples.npz {reference}")
+    def draw(self, p):
+        """Ten samples of each class as the stage of p draws them, from ckpt.pt as --sample does"""
+        if self.rank == 0:
+            picture = f"{self.cfg.out}/samples_p{p}.png"
+            if p == 1:
+                picture = f"{self.cfg.out}/samples.png"
+            cfg = replace(self.cfg, sample=f"{self.cfg.out}/ckpt.pt", out=picture, compile="false")
+            try:
+                sample(cfg, 0, 1, self.model.output.weight.device, p)
+            except (BadInput, RuntimeError) as error:  # out of memory, say: training goes on
+                print(f"{picture}: not drawn ({error})", flush=True)
 
 
-def mean_over_ranks(tensor):
+def mean_over_ranks(x):
     if dist.is_initialized():
-        dist.all_reduce(tensor)
-        tensor = tensor / dist.get_world_size()
-    return tensor
+        dist.all_reduce(x)
+        x = x / dist.get_world_size()
+    return x
 
 
-def any_rank(flag):
-    """Whether the flag is set on at least one rank"""
-    return mean_over_ranks(torch.tensor(float(flag))).item() > 0
+signals = []  # those that came while training
+
+
+def catch_signals():
+    """Ctrl-C and SIGTERM end training after the current step, a second one ends it at once"""
+    def note(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    if __name__ == "__main__":  # others that import this file keep their own handlers
+        signal.signal(signal.SIGINT, note)
+        signal.signal(signal.SIGTERM, note)
 
 
 @torch.no_grad()
-def validate(model, data, cfg, device):
+def validation_loss(model, data, cfg):
     """Mean loss over up to 2,048 validation images, always at p = 1, to compare the stages"""
+    device = model.output.weight.device
     n = len(data.val[0])
     codes, labels = data.read(data.val, np.linspace(0, n - 1, min(2048, n)).astype(int))
     total = 0.0
@@ -759,356 +634,230 @@ def validate(model, data, cfg, device):
     return total / len(codes)
 
 
-def resume(path, cfg, meta, model, optimizer):
-    """Load a checkpoint of the same run -> its step, or 0 if there is none. Raises BadInput."""
-    if not os.path.exists(path):
-        return 0
-    saved = load_file(path)
-    try:
-        config = dict(asdict(Config()), **saved["config"])  # a flag that it lacks has its default
-        pairs = [(name, config[name], getattr(cfg, name)) for name in RECIPE]
-        for name in ("vocab", "grid", "images", "classes", "tokenizer_sha256"):
-            pairs.append((name, saved[name], meta[name]))
-        pairs.append(("init", bool(config["init"]), bool(cfg.init)))    # its path may change
-        differ = [f"{name} is {old} there, {new} here" for name, old, new in pairs if old != new]
-        require(not differ, f"{cfg.out} holds another run, choose another --out "
-                f"({'; '.join(differ)})")
-        step = saved["step"]
-        if type(step) is not int or not 0 <= step <= cfg.steps:
-            raise ValueError(f"step {step} of {cfg.steps}")
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if step > 0 and not optimizer.state:
-            raise ValueError("an optimizer without moments")
-        for w, state in optimizer.state.items():
-            if not state["exp_avg"].shape == state["exp_avg_sq"].shape == w.shape:
-                raise ValueError("an optimizer of other weights")
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise BadInput(f"{path}: expected a checkpoint of npp.py ({error!r})") from None
-    return step
-
-
-def fill_in(cfg, data, world_size):
-    """Fill in steps and out, and refuse what cannot be trained"""
-    if not cfg.out:
-        cfg.out = f"out/{cfg.model}"
-    if cfg.tokenizer:
-        data.meta["tokenizer"] = cfg.tokenizer
+def check(cfg, data, world_size):
+    """Fill in the number of steps, and refuse what cannot be trained"""
     if cfg.steps == 0:
         cfg.steps = round(cfg.epochs * len(data.codes) / cfg.batch)
-    check_schedule(cfg.steps, cfg.patches, cfg.lam, data.meta["grid"])
+    falling = sorted(set(cfg.patches), reverse=True)
+    require(list(cfg.patches) == falling and falling[-1] == 1,
+            f"patches is {cfg.patches}, expected edges that decrease to 1")
+    grid = data.meta["grid"]
+    require(all(grid % p == 0 for p in cfg.patches),
+            f"patches is {cfg.patches}, expected divisors of {grid}")
+    require(0 < cfg.lam < 1, f"lam is {cfg.lam}, expected more than 0 and less than 1")
+    spans = stages(cfg.steps, cfg.patches, cfg.lam)
+    for p, first, end in spans:
+        require(first < end, f"steps is {cfg.steps}, expected more: none is left for p = {p}")
+    require(spans[-1][2] == cfg.steps, f"stages() ends at {spans[-1][2]}, expected {cfg.steps}")
     multiple = world_size * max(1, cfg.micro_batch)
     require(cfg.batch % multiple == 0, f"batch is {cfg.batch}, expected a multiple of {multiple} "
             f"({world_size} ranks, micro_batch {cfg.micro_batch})")
 
 
-def check_schedule(steps, patches, lam, grid):
-    falling = sorted(set(patches), reverse=True)
-    require(list(patches) == falling and falling[-1] == 1,
-            f"patches is {patches}, expected edges that decrease to 1")
-    require(all(grid % p == 0 for p in patches),
-            f"patches is {patches}, expected divisors of {grid}")
-    require(0 < lam < 1, f"lam is {lam}, expected more than 0 and less than 1")
-    for p, first, end in stages(steps, patches, lam):
-        require(first < end, f"steps is {steps}, expected more: none is left for p = {p}")
-    # It cannot fail, unless somebody changes stages().
-    require(end == steps, f"the last stage ends at step {end}, expected {steps}")
+# What must be the same when a run is resumed: flags (epochs as steps), and the data set
+RECIPE = ("init model patches lam steps batch lr lr_min warmup_epochs decay_frac weight_decay clip "
+          "dropout class_dropout seed vocab grid images classes tokenizer_sha256").split()
 
 
-def lock_folder(folder):
-    """Keep other processes off the folder; the lock ends with this process, however it ends"""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        lock = open(os.path.join(folder, "lock"), "a")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return lock
-    except BlockingIOError:
-        raise BadInput(f"{folder} is in use by another process, choose another --out") from None
-    except OSError:  # a disk without locks, or one that is read-only: saving would say so
-        return None
-
-
-def cut_log(path, step):
-    """Keep the lines up to `step`, without any that a crash left broken"""
-    kept = []
+def resume(cfg, meta, model, optimizer):
+    """Load the checkpoint of this run, or else the weights of --init -> step and log so far"""
+    path = f"{cfg.out}/ckpt.pt"
+    step = 0
+    log = []
     if os.path.exists(path):
-        for line in open(path, "rb"):
-            with suppress(ValueError, TypeError, LookupError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line.strip() + b"\n")
-    replace_file(path, lambda f: f.writelines(kept))
+        with reading(path, "a checkpoint of npp.py") as saved:
+            now = meta | asdict(cfg)
+            was = asdict(Config()) | saved | saved["config"]            # may lack a newer flag
+            changes = [f"saved with {name} {was[name]}, now {now[name]}" for name in RECIPE
+                       if was[name] != now[name]]
+            require(not changes, f"{cfg.out} holds another run ({'; '.join(changes)}): choose "
+                    f"another --out, and --init {path} to start from its weights")
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            step = saved["step"]
+            log = saved["log"]
+    elif cfg.init:
+        with reading(cfg.init, f"weights of size {cfg.model}") as saved:
+            state = weights_of(saved)
+            table = "cls_embedding.embedding_table.weight"
+            if len(state[table]) != len(meta["classes"]) + 1:           # other classes: start anew
+                state[table] = model.state_dict()[table]
+            model.load_state_dict(state)
+    mean = mean_over_ranks(torch.tensor(float(step))).item()
+    require(mean == step, f"{path}: step {step} on this rank, {mean:g} on average, expected one "
+            "file for all ranks")
+    if step == cfg.steps:
+        print(f"{cfg.out} is finished after {step:,} steps. To train its weights further, give "
+              f"--init {path} and another --out")
+    return step, log
 
 
-# -------------------------------------------------------------------------------------------------
-# 8. Samples from a checkpoint, ours or a published one
+# ---- 8. Samples from a checkpoint, ours or a published one ---------------------------------------
+
+def weights_of(saved):
+    """The weights in a checkpoint, under the names that Transformer gives them"""
+    state = saved                                   # the weights themselves, or under a name
+    for key in ("model", "module", "state_dict"):   # ours and LlamaGen's, DeepSpeed's, others
+        state = saved.get(key, state)
+    # DDP, torch.compile and Lightning put a prefix in front of every name.
+    name = "tok_embeddings.weight"
+    prefixed = next((key for key in state if key.endswith(name)), name)
+    prefix = prefixed.removesuffix(name)
+    return {key.removeprefix(prefix): weight for key, weight in state.items()}
 
 
-def load_model(path, n_head=None, grid=None):
+def load_model(path, grid=None):
     """A Transformer in eval mode; model.meta is what the file tells of its data. Raises BadInput.
 
-    Published checkpoints of LlamaGen and NPP tell neither heads nor grid. Unless given, a head is
-    taken to be 64 wide (100 in 3B) and the grid 16 codes a side; sample() asks --image_size.
+    Published checkpoints of LlamaGen and NPP tell neither heads nor grid. Then a head is taken to
+    be 64 wide (100 in 3B), and the grid 16 codes per side; sample() asks --image_size.
     """
-    saved = load_file(path)
-    try:
-        state = saved                                   # the weights themselves, or under a name
-        for key in ("model", "module", "state_dict"):   # ours and LlamaGen's, DeepSpeed's, others
-            state = saved.get(key, state)
+    with reading(path, "a transformer of LlamaGen or NPP") as saved:
+        state = weights_of(saved)
         vocab, dim = state["tok_embeddings.weight"].shape
         classes = len(state["cls_embedding.embedding_table.weight"]) - 1
         size = {"n_layer": sum(key.endswith("attention.wo.weight") for key in state),
-                "n_head": n_head or dim // (100 if dim == 3200 else 64), "dim": dim}
+                "n_head": dim // (100 if dim == 3200 else 64), "dim": dim}
         if "config" in saved:
             size = SIZES[saved["config"]["model"]]
         meta = {"vocab": vocab, "classes": saved.get("classes", [str(i) for i in range(classes)])}
         for name in ("grid", "tokenizer", "tokenizer_sha256"):
             meta[name] = saved.get(name)
-        if len(meta["classes"]) != classes:
-            raise ValueError(f"{len(meta['classes'])} names of {classes} classes")
         if grid is None:
-            grid = meta["grid"] or 16
-        if type(grid) is not int or grid < 1:
-            raise ValueError(f"grid is {grid}")
+            grid = meta["grid"] if meta["grid"] else 16
         with torch.device("meta"):  # the weights come from the file, none are drawn
             model = Transformer(**size, vocab=vocab, classes=classes, grid=grid)
         model.load_state_dict(state, assign=True)
-        for name, weight in model.state_dict().items():
-            if not weight.isfinite().all():
-                raise ValueError(f"{name} holds NaN or infinity")
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
-            RuntimeError) as error:
-        raise BadInput(f"{path}: expected a transformer of LlamaGen or NPP ({error!r})") from None
     model.meta = meta
     return model.float().eval()
 
 
-def start_from(model, path):
-    """Copy the weights of another model; its class table only if there are as many classes"""
-    weights = load_model(path).state_dict()
-    table = "cls_embedding.embedding_table.weight"
-    if len(weights[table]) != model.classes + 1:
-        weights[table] = model.state_dict()[table]
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise BadInput(f"{path}: not weights of this size ({error})") from None
+def compile_steps(cached):
+    """Replay a CachedModel's steps as CUDA graphs: Python launches kernels slower than they run"""
+    # Each length that is read from the caches is a graph of its own, so there are four.
+    cached.unit = math.ceil(len(cached.positions) / 4)
+    cached.next_logits = torch.compile(cached.next_logits, mode="reduce-overhead", dynamic=False)
+    for cache in cached.caches:  # a graph reads and writes the same memory each time
+        torch._dynamo.mark_static_address(cache)
 
 
-def class_numbers(text, names, most):
-    """Names or numbers with commas -> numbers (n,); by default `most` classes, evenly spread"""
-    if not text:
-        return torch.from_numpy(np.linspace(0, len(names) - 1, min(most, len(names))).astype(int))
-    known = {str(i): i for i in range(len(names))}
-    known.update({name: i for i, name in enumerate(names)})
-    for name in text.split(","):
-        require(name in known, f"classes is {text}, expected names like {names[0]}, or numbers "
-                f"from 0 to {len(names) - 1}")
-    return torch.tensor([known[name] for name in text.split(",")])
-
-
-class CompiledModel(CachedModel):
-    """A CachedModel whose steps are compiled and, on a GPU, replayed as CUDA graphs
-
-    A GPU computes a position faster than Python can launch its kernels. A CUDA graph is a recording
-    of them that is launched at once. It is replayed for every batch that this object draws.
-    """
-
-    def __init__(self, model, batch, p=1):
-        super().__init__(model, batch, p)
-        self.next_logits = torch.compile(model.next_logits, mode="reduce-overhead", dynamic=False)
-        for cache in self.caches:  # a graph reads and writes the same memory each time
-            torch._dynamo.mark_static_address(cache.k)
-            torch._dynamo.mark_static_address(cache.v)
-
-    def cache_length(self, i):
-        """A graph has fixed shapes. One for each length would be too many, and one for all would
-        always read whole caches. So there are four; the mask hides the positions after i.
-        """
-        quarter = math.ceil(len(self.positions) / 4)
-        return min((i // quarter + 1) * quarter, len(self.positions))
+def noise_of(seed, numbers, length):
+    """Uniforms (len(numbers), length): those of image i depend on seed and i, not on its chunk"""
+    generators = [np.random.default_rng((seed, NOISE, int(i))) for i in numbers]
+    return torch.from_numpy(np.stack([g.random(length, np.float32) for g in generators]))
 
 
 def draw(model, tokenizer, labels, cfg, p=1, rank=0, world_size=1):
     """labels (n,) -> chunks of uint8 images (b, S, S, 3), in order; every rank gets those of all
 
     All chunks have one size, as a compiled model wants it. So the last ones are filled up with
-    images from the start, which are cut off. 7 images in chunks of 2 on 2 ranks:
-        rank 0 draws 0 1 and 4 5
-        rank 1 draws 2 3 and 6 0
+    images from the start, which are cut off: of 7 images in chunks of 2 on 2 ranks, rank 0 draws
+    0 1 and 4 5, rank 1 draws 2 3 and 6 0.
     """
-    device = model.output.weight.device
+    weight = model.output.weight
     n = len(labels)
-    chunk = min(math.ceil(n / world_size), cfg.micro_batch or 100)
-    kind = CompiledModel if cfg.sample and cfg.compile == "true" else CachedModel
-    cached = kind(model, chunk if cfg.cfg_scale == 1 else 2 * chunk, p)
-    start_time = time.time()
+    sequences = 1 if cfg.cfg_scale == 1 else 2          # of an image
+    chunk = cfg.micro_batch
+    if chunk == 0:  # up to 100, with at most 8 GiB of keys and values
+        keys = len(model.layers) * (model.grid // p) ** 2 * weight.shape[1]
+        chunk = max(1, min(100, 2**33 // (2 * keys * sequences * weight.itemsize)))
+    chunk = min(chunk, math.ceil(n / world_size))
+    cached = CachedModel(model, sequences * chunk, p)
+    if cfg.compile == "true":
+        compile_steps(cached)
+    start = time.time()
     for first in range(0, n, chunk * world_size):
         index = (first + rank * chunk + torch.arange(chunk)) % n
-        noise = noise_of(cfg.seed, index, model.grid**2).to(device)
-        codes = generate(model, labels[index].to(device), cfg.cfg_scale, cfg.temperature, cfg.top_k,
-                         cfg.top_p, noise, p=p, cached=cached)
-        codes = rearrange(codes, "b (h w) -> b h w", h=model.grid)
-        images = torch.cat([tokenizer.decode(x) for x in codes.split(25)])  # few, to fit memory
-        if cfg.image_size_eval:
-            images = F.interpolate(images, (cfg.image_size_eval,) * 2, mode="bicubic")
-        images = torch.from_numpy(to_uint8(images))
+        noise = noise_of(cfg.seed, index, model.grid**2).to(weight.device)
+        codes = generate(model, labels[index].to(weight.device), cfg.cfg_scale, cfg.temperature,
+                         cfg.top_k, cfg.top_p, noise, p, cached)
+        images = torch.from_numpy(tokenizer.pixels(codes, cfg.image_size_eval))
         if world_size > 1:
             parts = [torch.empty_like(images) for _ in range(world_size)]
             dist.all_gather(parts, images)
             images = torch.cat(parts)
         yield images[: n - first].numpy()
-        if cfg.sample and rank == 0:
+        if rank == 0:
             done = min(n, first + chunk * world_size)
-            speed = done / (time.time() - start_time)
-            progress(f"{done:,} of {n:,} images  {speed:,.1f} img/s", (n - done) / speed)
+            left = timedelta(seconds=round((time.time() - start) / done * (n - done)))
+            print(f"{done:,} of {n:,} images  {left} left", flush=True)
 
 
-def sample(cfg):
+def sample(cfg, rank, world_size, device, p=1):
     """Draw samples from the checkpoint cfg.sample into cfg.out -> exit code
 
     Classes come in turn, n / classes times each, as in ADM's reference. With --classes random, as
     in LlamaGen's protocol, their shares differ from seed to seed, and so do the scores.
     """
-    rank, world_size, device = setup()
-    if not cfg.out:
-        cfg.out = "samples.png"
     model = load_model(cfg.sample)
     names = model.meta["classes"]
-    path = cfg.tokenizer or model.meta["tokenizer"]
-    require(path, f"{cfg.sample}: does not name its tokenizer, expected --tokenizer")
-    require(os.path.exists(path), f"{path}: not found, expected --tokenizer with its place")
+    path = cfg.tokenizer if cfg.tokenizer else str(model.meta["tokenizer"])
+    require(os.path.exists(path), f"tokenizer {path} not found; pass its path with --tokenizer")
     tokenizer = load_tokenizer(path, device, model.meta)
     if model.meta["grid"] is None:  # the file does not tell, so the tokenizer's factor must
-        model.grid = (cfg.image_size or 256) // tokenizer.factor
+        model.grid = max(1, (cfg.image_size or 256) // tokenizer.factor)
     pixels = model.grid * tokenizer.factor
-    require(pixels > 0, f"image_size is {cfg.image_size}, expected {tokenizer.factor} or more")
-    require(cfg.image_size in (0, pixels),
-            f"image_size is {cfg.image_size}, expected {pixels}")
+    require(cfg.image_size in (0, pixels), f"image_size is {cfg.image_size}, expected {pixels}")
     model.to(device, getattr(torch, cfg.dtype))
 
     if cfg.classes == "random":
         rng = np.random.default_rng((cfg.seed, CLASSES))
-        labels = torch.from_numpy(rng.integers(len(names), size=cfg.n or 10 * len(names)))
+        n = cfg.n if cfg.n else 10 * len(names)
+        labels = torch.from_numpy(rng.integers(len(names), size=n))
     else:
         most = 10 if cfg.out.endswith(".png") else len(names)
         classes = class_numbers(cfg.classes, names, most)
-        labels = classes[torch.arange(cfg.n or 10 * len(classes)) % len(classes)]
-    images = draw(model, tokenizer, labels, cfg, 1, rank, world_size)
+        n = cfg.n if cfg.n else 10 * len(classes)
+        labels = classes[torch.arange(n) % len(classes)]
+    images = draw(model, tokenizer, labels, cfg, p, rank, world_size)
     if rank == 0:
-        save_images(cfg.out, images, labels.numpy())
+        save_images(cfg.out, images, labels)
+        shown = [names[i] for i in dict.fromkeys(labels.tolist())]      # as the rows of a .png
+        print(f"see {cfg.out}: {', '.join(shown[:10])}")
     else:
         for _ in images:  # this rank draws its share, and rank 0 saves all
             pass
     return 0
 
 
-# -------------------------------------------------------------------------------------------------
-# 9. Terminal and command line
-
-
-class Interrupt:
-    """The handler of signals. While training the first one only asks to save and end. A second one,
-    and any elsewhere, ends the program at once.
-    """
-
-    save_on_signal = False
-    first_signal = None                                 # when it came, while training
-
-    def __call__(self, number, frame):
-        # torchrun passes a Ctrl-C on, so it may come twice: within two seconds it counts once.
-        if self.save_on_signal and self.first_signal is None:
-            self.first_signal = time.monotonic()
-        elif not self.save_on_signal or time.monotonic() > self.first_signal + 2:
-            raise KeyboardInterrupt
-
-
-interrupt = Interrupt()
-
-
-def say(text, end="\n"):
-    """Print. If nobody reads it any more (npp.py | head -2), that counts as a signal."""
-    try:
-        print(text, end=end, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        interrupt(signal.SIGPIPE, None)
-
-
-def progress(text, seconds_left):
-    """Show a line in place on a terminal, and in a file one below the other"""
-    minutes, seconds = divmod(round(seconds_left), 60)
-    line = f"{text}  {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
-    if sys.stdout.isatty():
-        say(f"\r\x1b[K{line}", end="")                   # erases the line before
-    else:
-        say(line)
-
+# ---- 9. Command line -----------------------------------------------------------------------------
 
 def parse(argv):
     """Every field of Config is a flag -> Config. Raises BadInput."""
-    own = ", ".join(f"{name} {value:g}" for name, value in TINY.items())
-    text = (f"{__doc__}\nEvery field below is a flag, such as --model B --patches 4,2,1. "
-            f"The model tiny has its own\ndefaults: {own}.\n\n{inspect.getsource(Config)}")
-    parser = Parser("npp.py", "%(prog)s [--FLAG VALUE ..]", text, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(Config):
-        kind = integers if f.type is tuple else f.type
-        parser.add_argument(f"--{f.name}", type=kind, default=argparse.SUPPRESS,
-                            help=argparse.SUPPRESS)
-    given = vars(parser.parse_args(argv))
-    values = {}
+    text = (f"{__doc__}\nEach field of Config is a flag, such as --model B --patches 4,2,1.\n\n"
+            f"{inspect.getsource(Config)}\nThe model tiny has its own defaults: {TINY}")
+    given = parse_flags("npp.py", text, Config, argv)
+    cfg = Config()
     if given.get("model", "tiny") == "tiny":
-        values.update(TINY)
+        cfg = Config(**TINY)
     if "epochs" in given:  # it replaces tiny's steps, and --steps replaces both
-        values["steps"] = 0
-    values.update(given)
-    cfg = Config(**values)
-
-    for name, value in values.items():
-        if isinstance(value, (int, float)):
-            limit = 2**31 if isinstance(value, int) else math.inf
-            require(0 <= value < limit, f"{name} is {value}, expected 0 or more, below {limit}")
-    for name in ("batch", "log_every", "eval_every", "save_every", "epochs", "clip", "top_p"):
+        cfg.steps = 0
+    for name, value in given.items():
+        setattr(cfg, name, value)
+    for name in ("batch", "log_every", "eval_every", "clip"):
         require(getattr(cfg, name) > 0, f"{name} is 0, expected more")
-    for name in ("dropout", "class_dropout", "decay_frac", "top_p"):
+    for name in ("dropout", "class_dropout", "decay_frac"):
         require(getattr(cfg, name) <= 1, f"{name} is {getattr(cfg, name)}, expected at most 1")
-    gpu = torch.cuda.is_available()
+    if not cfg.out:
+        cfg.out = "samples.png" if cfg.sample else f"out/{cfg.model}"
+    recent_gpu = False
+    if torch.cuda.is_available():  # before 8.0 (T4, V100) bfloat16 is slow, and Triton may fail
+        recent_gpu = torch.cuda.get_device_capability() >= (8, 0)
     if cfg.dtype == "auto":
-        cfg.dtype = "bfloat16" if gpu else "float32"
+        cfg.dtype = "bfloat16" if recent_gpu else "float32"
     if cfg.compile == "auto":
-        cfg.compile = "true" if gpu and not cfg.sample else "false"
-    words = {"model": SIZES, "compile": ("true", "false"), "dtype": ("float32", "bfloat16")}
-    for name, allowed in words.items():
-        value = getattr(cfg, name)
-        require(value in allowed, f"{name} is {value}, expected {', '.join(allowed)}")
+        cfg.compile = "true" if recent_gpu and not cfg.sample else "false"
     return cfg
 
 
 def main(argv=None):
-    """-> exit code: 0, 2 after bad input, 130 after a signal"""
-    try:
-        cfg = parse(argv)
-        return sample(cfg) if cfg.sample else train(cfg)
-    except BadInput as error:
-        complain(error, "npp.py")
-        return 2
-    except KeyboardInterrupt:
-        complain("stopped", "npp.py")
-        return 130
-    except RuntimeError as error:
-        if "by peer" not in str(error):  # a connection is closed or reset by it
-            raise
-        complain("another rank has ended, and so does this one", "npp.py")
-        return 2
-    finally:
-        interrupt.save_on_signal = False
-        interrupt.first_signal = None
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    """-> exit code: 0, or 130 after a signal. Raises BadInput."""
+    cfg = parse(argv)
+    rank, world_size, device = setup()
+    if cfg.sample:
+        return sample(cfg, rank, world_size, device)
+    return train(cfg, rank, world_size, device)
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
-            signal.signal(number, interrupt)
-    sys.exit(main())
+    run_program(main, "npp.py")
