@@ -21,7 +21,6 @@ import math
 import os
 import signal
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -250,10 +249,8 @@ class Transformer(nn.Module):
 
 
 # ---- 4. Sampling: plain next-token prediction ----------------------------------------------------
-#
 # In the last stage, p = 1, the average of a patch is the embedding of its one code, as in a model
 # that never saw patches.
-
 
 def choose(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """Draw K codes from each distribution: logits (B, V), uniforms u (B, K) in [0, 1) -> (B, K)
@@ -281,7 +278,6 @@ class CachedModel:
     """A model that runs one position at a time: cached(x, i), x (B, 1, D) -> logits (B, V)
 
     It keeps the keys and values of the positions so far, so that each is computed once.
-    compile_steps (section 8) makes it fast on a GPU.
     """
 
     def __init__(self, model, batch, p=1):
@@ -450,10 +446,9 @@ def train_step(model, optimizer, codes, labels, p, clip=1.0, pieces=1, dtype="fl
     autocast = torch.autocast(codes.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     mean_loss = torch.zeros((), device=codes.device)
     for i, (c, y) in enumerate(zip(codes.chunk(pieces), labels.chunk(pieces))):
-        sync = nullcontext()
-        if dist.is_initialized() and i < pieces - 1:
-            sync = model.no_sync()              # must cover the forward, where DDP reads it
-        with sync, autocast:
+        if dist.is_initialized():
+            model.require_backward_grad_sync = i == pieces - 1          # DDP reads it in forward
+        with autocast:
             loss = model(c, y, p, loss=True) / pieces
         loss.backward()
         mean_loss += loss.detach()              # .item() would wait for the GPU
@@ -466,10 +461,10 @@ def train_step(model, optimizer, codes, labels, p, clip=1.0, pieces=1, dtype="fl
 def train(cfg, rank, world_size, device):
     """Train the run in cfg.out, or resume it -> exit code
 
-    A resumed run is bit-exact in one process on a CPU, if micro_batch, dtype and compile stay. The
-    checkpoint holds the weights and the optimizer's moments. Patch edge, learning rate and batch
-    follow from the step. Dropout is seeded anew in each step, so no generator has a state to keep.
-    Several processes, or a GPU, may add up gradients in another order.
+    In one process on a CPU resuming is bit-exact, if micro_batch, dtype and compile stay: weights
+    and moments come from the checkpoint; patch edge, learning rate and batch follow from the step;
+    dropout is seeded in each step, so no generator has a state to keep. Several processes, or a
+    GPU, may add up gradients in another order.
     """
     data = Codes(cfg.data, cfg.tokenizer)
     check(cfg, data, world_size)
@@ -490,7 +485,6 @@ def train(cfg, rank, world_size, device):
     local_batch = cfg.batch // world_size
     rows = slice(rank * local_batch, (rank + 1) * local_batch)
     pieces = local_batch // cfg.micro_batch if cfg.micro_batch else 1
-    catch_signals()
 
     for step in range(first, cfg.steps):
         # From stage to stage only p changes. Weights and optimizer go on as they are.
@@ -516,7 +510,7 @@ def train(cfg, rank, world_size, device):
             if done == end:
                 recorder.save(f"ckpt_p{p}.pt", done)
             if stop or evaluate:
-                recorder.save("ckpt.pt", done)  # after ckpt_p: resume looks at this file alone
+                recorder.save("ckpt.pt", done)  # last, as resume looks at this file alone
             if done == end:
                 recorder.draw(p)
             if stop and done < cfg.steps:
@@ -591,7 +585,8 @@ class Recorder:
             picture = f"{self.cfg.out}/samples_p{p}.png"
             if p == 1:
                 picture = f"{self.cfg.out}/samples.png"
-            cfg = replace(self.cfg, sample=f"{self.cfg.out}/ckpt.pt", out=picture, compile="false")
+            cfg = replace(self.cfg, sample=f"{self.cfg.out}/ckpt.pt", out=picture, micro_batch=0,
+                          compile="false")
             try:
                 sample(cfg, 0, 1, self.model.output.weight.device, p)
             except (BadInput, RuntimeError) as error:  # out of memory, say: training goes on
@@ -608,15 +603,10 @@ def mean_over_ranks(x):
 signals = []  # those that came while training
 
 
-def catch_signals():
-    """Ctrl-C and SIGTERM end training after the current step, a second one ends it at once"""
-    def note(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.default_int_handler)
-
-    if __name__ == "__main__":  # others that import this file keep their own handlers
-        signal.signal(signal.SIGINT, note)
-        signal.signal(signal.SIGTERM, note)
+def stop_after_step(number, frame):
+    """Handles Ctrl-C and SIGTERM in training. A second one of a kind ends the program at once."""
+    signals.append(number)
+    signal.signal(number, signal.default_int_handler)
 
 
 @torch.no_grad()
@@ -670,19 +660,18 @@ def resume(cfg, meta, model, optimizer):
             was = asdict(Config()) | saved | saved["config"]            # may lack a newer flag
             changes = [f"saved with {name} {was[name]}, now {now[name]}" for name in RECIPE
                        if was[name] != now[name]]
-            require(not changes, f"{cfg.out} holds another run ({'; '.join(changes)}): choose "
-                    f"another --out, and --init {path} to start from its weights")
+            require(not changes, f"{path}: {'; '.join(changes)}; choose another --out, and --init "
+                    f"{path} to start from its weights")
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             step = saved["step"]
             log = saved["log"]
     elif cfg.init:
-        with reading(cfg.init, f"weights of size {cfg.model}") as saved:
-            state = weights_of(saved)
-            table = "cls_embedding.embedding_table.weight"
-            if len(state[table]) != len(meta["classes"]) + 1:           # other classes: start anew
-                state[table] = model.state_dict()[table]
-            model.load_state_dict(state)
+        weights = load_model(cfg.init).state_dict()
+        table = "cls_embedding.embedding_table.weight"
+        if len(weights[table]) != model.classes + 1:                    # other classes: start anew
+            weights[table] = model.state_dict()[table]
+        model.load_state_dict(weights)
     mean = mean_over_ranks(torch.tensor(float(step))).item()
     require(mean == step, f"{path}: step {step} on this rank, {mean:g} on average, expected one "
             "file for all ranks")
@@ -694,18 +683,6 @@ def resume(cfg, meta, model, optimizer):
 
 # ---- 8. Samples from a checkpoint, ours or a published one ---------------------------------------
 
-def weights_of(saved):
-    """The weights in a checkpoint, under the names that Transformer gives them"""
-    state = saved                                   # the weights themselves, or under a name
-    for key in ("model", "module", "state_dict"):   # ours and LlamaGen's, DeepSpeed's, others
-        state = saved.get(key, state)
-    # DDP, torch.compile and Lightning put a prefix in front of every name.
-    name = "tok_embeddings.weight"
-    prefixed = next((key for key in state if key.endswith(name)), name)
-    prefix = prefixed.removesuffix(name)
-    return {key.removeprefix(prefix): weight for key, weight in state.items()}
-
-
 def load_model(path, grid=None):
     """A Transformer in eval mode; model.meta is what the file tells of its data. Raises BadInput.
 
@@ -713,7 +690,13 @@ def load_model(path, grid=None):
     be 64 wide (100 in 3B), and the grid 16 codes per side; sample() asks --image_size.
     """
     with reading(path, "a transformer of LlamaGen or NPP") as saved:
-        state = weights_of(saved)
+        state = saved                                   # the weights themselves, or under a name
+        for key in ("model", "module", "state_dict"):   # ours and LlamaGen's, DeepSpeed's, others
+            state = saved.get(key, state)
+        # DDP, torch.compile and Lightning put a prefix in front of every name.
+        name = "tok_embeddings.weight"
+        prefix = next((key for key in state if key.endswith(name)), name).removesuffix(name)
+        state = {key.removeprefix(prefix): weight for key, weight in state.items()}
         vocab, dim = state["tok_embeddings.weight"].shape
         classes = len(state["cls_embedding.embedding_table.weight"]) - 1
         size = {"n_layer": sum(key.endswith("attention.wo.weight") for key in state),
@@ -856,6 +839,9 @@ def main(argv=None):
     rank, world_size, device = setup()
     if cfg.sample:
         return sample(cfg, rank, world_size, device)
+    if __name__ == "__main__":
+        signal.signal(signal.SIGINT, stop_after_step)
+        signal.signal(signal.SIGTERM, stop_after_step)
     return train(cfg, rank, world_size, device)
 
 
