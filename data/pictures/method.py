@@ -4,7 +4,7 @@
 
 The image, its codes and its class are those of a training image of data/fashion. A colour stands
 for an embedding: it shows the first three principal components of the code's vector in the
-tokenizer's codebook, and a patch has the mean colour of its codes. Patch 2 has an orange frame
+tokenizer's codebook, and a patch has the mean colour of its codes. Patch 1 has an orange frame
 wherever it appears. (The transformer learns embeddings of its own.)
 """
 
@@ -78,7 +78,7 @@ def frame(ax, x, y, size, colour=INK, line=1.6):
 
 
 def highlight(ax, x, y, size):
-    """The frame of patch 2, which is to be followed through the picture"""
+    """The frame of patch 1, which is to be followed through the picture"""
     frame(ax, x, y, size, ORANGE, 2.6)
 
 
@@ -149,10 +149,10 @@ def draw_stage(ax, top, p, codes, colours, name, slots, pitch, title, note):
     draw_sequence(ax, top, p, patches, mean, colours, name, slots, pitch)
     if p > 1:
         targets = "all 4 codes of the next patch, from one output (Eq. 3)"
-        inputs = "the class, then patches 1 to 15, one place later (Eq. 2)"
+        inputs = "the class, then patches 0 to 14, one place later (Eq. 2)"
     else:
         targets = "the next code"
-        inputs = "the class, then codes 1 to 63"
+        inputs = "the class, then codes 0 to 62"
     label(ax, 546, top + 53, "Targets:", targets)
     label(ax, 546, top + 284, "Inputs:", inputs)
 
@@ -170,7 +170,7 @@ def draw_patches(ax, x, y, p, mean):
     for i in range(grid * grid):
         row = i // grid
         column = i % grid
-        number = i + 1 if p > 1 else ""
+        number = i if p > 1 else ""
         tile(ax, x + column * cell, y + row * cell, cell, mean[i], number, 11.5)
     frame(ax, x, y, 132, line=1.0)
     if p > 1:
@@ -198,7 +198,7 @@ def draw_sequence(ax, top, p, patches, mean, colours, name, slots, pitch):
                                    edgecolor=INK, linewidth=1.2))
             text(ax, x, y_input, name, 11)
         elif p > 1:
-            tile(ax, x - half, y, 2 * half, mean[i - 1], i, 14, INK, 1.6)
+            tile(ax, x - half, y, 2 * half, mean[i - 1], i - 1, 14, INK, 1.6)
         else:
             block(ax, x - half, y, 2 * half, patches[i - 1], colours, 11)
         arrow(ax, (x, y), (x, y_box + 46))
