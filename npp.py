@@ -75,7 +75,7 @@ def stages(total, patches, lam):
 
 
 def stage(step, total, patches, lam):
-    """The stage that a step below total belongs to: (p, first, end), first <= step < end"""
+    """The stage of a step: its (p, first, end), where first <= step < end"""
     for p, first, end in stages(total, patches, lam):
         if step < end:
             return p, first, end
@@ -84,8 +84,8 @@ def stage(step, total, patches, lam):
 def lr_at(step, total, patches, lam, lr, lr_min, warmup, decay_frac):
     """Learning rate, in each stage afresh (Sec. 4.1): linear warm-up, plateau at lr, linear decay
 
-    warmup is in steps. The decay takes the last decay_frac of the stage. At step = end, just after
-    the stage, it would have reached lr_min.
+    warmup is in steps. The decay takes the last decay_frac of the stage. One step more, and it would
+    be at lr_min.
     """
     _, first, end = stage(step, total, patches, lam)
     warmup = max(1, min(warmup, (end - first) / 10))        # at most a tenth of the stage
@@ -138,7 +138,8 @@ class Attention(nn.Module):
         """x (B, S, D) -> (B, S, D), causal
 
         While sampling S = 1: x stands at `position` (1,), its key and value go into the cache
-        (2, B, H, N/K, head_dim), and mask (1, length) tells what of the cache it attends to.
+        (2, B, H, N/K, head_dim), and it attends to the first `length` places where mask (1, length)
+        is True.
         """
         q, k, v = rearrange(self.wqkv(x), "b s (qkv head d) -> qkv b head s d", qkv=3,
                             head=self.n_head)
@@ -148,7 +149,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             cache.index_copy_(3, position, torch.stack([k, v]).type_as(cache))
-            k, v = cache[:, :, :, : mask.shape[1]]                      # (B, H, length, head_dim)
+            k, v = cache[:, :, :, : mask.shape[1]]                 # each (B, H, length, head_dim)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         y = rearrange(y, "b head s d -> b s (head d)")
         return self.dropout(self.wo(y))
@@ -214,9 +215,9 @@ class Transformer(nn.Module):
 
     def embed_patches(self, codes, p):
         # Another way to aggregate a patch goes here, for training and sampling. At p = 1 it should
-        # change nothing. If it has weights, create them at the end of __init__, so that the others
-        # start as before; if these depend on p, build() and load_model() must pass cfg.patches. A
-        # stage that leaves some unused needs DistributedDataParallel(find_unused_parameters=True).
+        # change nothing. Weights of its own belong at the end of __init__, so that the others start
+        # as before. Checkpoints without them no longer load. A stage that leaves some of them
+        # unused needs DistributedDataParallel(find_unused_parameters=True).
         return patchify(self.tok_embeddings(codes), p)                  # (B, N/K, D)
 
     def forward(self, codes, labels, p=1, loss=False):
@@ -228,12 +229,11 @@ class Transformer(nn.Module):
         x = self.embed_patches(codes, p)                                # (B, N/K, D)
         x = torch.cat([self.embed_class(labels), x[:, :-1]], dim=1)     # (B, N/K, D)
         x = self.tok_dropout(x)
-        rope = rope_2d(self.grid // p, self.head_dim, x.device)         # of the class and patches
-        rope = rope[:-1]                    # without the dropped one     (N/K, head_dim/2, 2)
+        rope = rope_2d(self.grid // p, self.head_dim, x.device)[:-1]    # without the last patch
         for layer in self.layers:
             x = layer(x, rope)                                          # (B, N/K, D)
         logits = self.output(self.norm(x)).float()                      # (B, N/K, V)
-        if loss:  # here and not in a method: DistributedDataParallel wraps forward() alone
+        if loss:  # part of forward(), because that is all that DistributedDataParallel wraps
             return npp_loss(logits, patch_targets(codes, p))
         return logits
 
@@ -269,7 +269,7 @@ def choose(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         logits = logits.masked_fill(unlikely, -math.inf)
     # float64: rounding must not select a code of probability 0
     cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)            # (B, V)
-    u = u.double() * cdf[:, -1:]        # times the whole mass, 1 but for rounding
+    u = u.double() * cdf[:, -1:]        # the last value is 1 but for rounding
     codes = torch.searchsorted(cdf, u, right=True)                      # the first with cdf > u
     return codes.clamp(max=logits.shape[-1] - 1)    # NaN logits give V; generate() refuses them
 
@@ -406,10 +406,9 @@ def batch_at(data, step, cfg, rows=slice(None)):
     then takes its rows, so any number of ranks and micro-batches trains on the same batch.
     """
     images = len(data.codes)
-    position = np.arange(step * cfg.batch, (step + 1) * cfg.batch)      # over all epochs
-    epoch, offset = np.divmod(position, images)
-    index = [epoch_order(images, cfg.seed, e)[i] for e, i in zip(epoch, offset)]
-    index = np.array(index)[rows]
+    visit = np.arange(step * cfg.batch, (step + 1) * cfg.batch)[rows]   # counted over all epochs
+    epoch, offset = np.divmod(visit, images)
+    index = np.array([epoch_order(images, cfg.seed, e)[i] for e, i in zip(epoch, offset)])
     rng = np.random.default_rng((cfg.seed, VIEWS, step))
     view = rng.integers(data.codes.shape[1], size=cfg.batch)[rows]
     drop = rng.random(cfg.batch)[rows] < cfg.class_dropout
@@ -446,8 +445,7 @@ def train_step(model, optimizer, codes, labels, p, clip=1.0, pieces=1, dtype="fl
     autocast = torch.autocast(codes.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     mean_loss = torch.zeros((), device=codes.device)
     for i, (c, y) in enumerate(zip(codes.chunk(pieces), labels.chunk(pieces))):
-        if dist.is_initialized():
-            model.require_backward_grad_sync = i == pieces - 1          # DDP reads it in forward
+        model.require_backward_grad_sync = (i == pieces - 1)            # DDP reads it in forward
         with autocast:
             loss = model(c, y, p, loss=True) / pieces
         loss.backward()
@@ -477,7 +475,7 @@ def train(cfg, rank, world_size, device):
     wrapped = model
     if world_size > 1:  # every p uses every parameter, so DDP never waits for a missing gradient
         wrapped = nn.parallel.DistributedDataParallel(model)
-    if cfg.compile == "true":  # with DDP inside, so that it exchanges during the backward
+    if cfg.compile == "true":  # around DDP, which then exchanges gradients during the backward
         wrapped = torch.compile(wrapped, dynamic=False)                 # one graph for each p
     peak_lr = cfg.lr * cfg.batch / 256
     warmup = cfg.warmup_epochs * len(data.codes) / cfg.batch            # in steps
@@ -493,7 +491,7 @@ def train(cfg, rank, world_size, device):
                    cfg.decay_frac)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        codes, labels = batch_at(data, step, cfg, rows)     # a GPU still computes the last step
+        codes, labels = batch_at(data, step, cfg, rows)     # read while a GPU is still computing
         codes = codes.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
         dropout_seed = np.random.default_rng((cfg.seed, DROPOUT, step, rank)).integers(2**62)
@@ -502,21 +500,20 @@ def train(cfg, rank, world_size, device):
 
         done = step + 1
         recorder.losses.append(loss)
+        stop = mean_over_ranks(torch.tensor(float(len(signals)))) > 0   # did any rank get one?
         evaluate = done == end or done % cfg.eval_every == 0
-        stop = world_size == 1 and len(signals) > 0         # several ranks ask each other below
         if stop or evaluate or done == 1 or done % cfg.log_every == 0:
             recorder.record(done, p, lr, norm, evaluate)
-            stop = mean_over_ranks(torch.tensor(float(len(signals)))) > 0
             if done == end:
                 recorder.save(f"ckpt_p{p}.pt", done)
             if stop or evaluate:
-                recorder.save("ckpt.pt", done)  # last, as resume looks at this file alone
+                recorder.save("ckpt.pt", done)          # last, as resume() looks at this file alone
             if done == end:
-                recorder.draw(p)
-            if stop and done < cfg.steps:
-                print(f"stopped after step {done:,}; run the same command to resume")
-                return 130
-            recorder.window_start = time.time()
+                recorder.sample(p)
+            recorder.window_start = time.time()         # the speed is that of training alone
+        if stop and done < cfg.steps:
+            print(f"stopped after step {done:,}; run the same command to resume")
+            return 130
     return 0
 
 
@@ -571,26 +568,22 @@ class Recorder:
             print(f"{1 - left / work:4.0%}  {text}  {seconds} left", flush=True)
 
     def save(self, name, done):
-        """A checkpoint. With all of data.meta (vocab, grid, classes, tokenizer, ...) it can be
-        sampled from without the data set.
-        """
+        """A checkpoint, with data.meta (vocab, classes, ...), so that sampling needs no data set"""
         if self.rank == 0:
             state = dict(self.data.meta, step=done, log=self.log, config=asdict(self.cfg),
                          model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
             replace_file(f"{self.cfg.out}/{name}", partial(torch.save, state))
 
-    def draw(self, p):
-        """Ten samples of each class as the stage of p draws them, from ckpt.pt as --sample does"""
+    def sample(self, p):
+        """Ten samples of each class from ckpt.pt: those of --sample, but drawn at this stage's p"""
         if self.rank == 0:
-            picture = f"{self.cfg.out}/samples_p{p}.png"
-            if p == 1:
-                picture = f"{self.cfg.out}/samples.png"
-            cfg = replace(self.cfg, sample=f"{self.cfg.out}/ckpt.pt", out=picture, micro_batch=0,
-                          compile="false")
+            name = "samples.png" if p == 1 else f"samples_p{p}.png"
+            cfg = replace(self.cfg, sample=f"{self.cfg.out}/ckpt.pt", out=f"{self.cfg.out}/{name}",
+                          micro_batch=0, compile="false")
             try:
                 sample(cfg, 0, 1, self.model.output.weight.device, p)
             except (BadInput, RuntimeError) as error:  # out of memory, say: training goes on
-                print(f"{picture}: not drawn ({error})", flush=True)
+                print(f"{cfg.out}: not drawn ({error})", flush=True)
 
 
 def mean_over_ranks(x):
@@ -635,10 +628,8 @@ def check(cfg, data, world_size):
     require(all(grid % p == 0 for p in cfg.patches),
             f"patches is {cfg.patches}, expected divisors of {grid}")
     require(0 < cfg.lam < 1, f"lam is {cfg.lam}, expected more than 0 and less than 1")
-    spans = stages(cfg.steps, cfg.patches, cfg.lam)
-    for p, first, end in spans:
+    for p, first, end in stages(cfg.steps, cfg.patches, cfg.lam):
         require(first < end, f"steps is {cfg.steps}, expected more: none is left for p = {p}")
-    require(spans[-1][2] == cfg.steps, f"stages() ends at {spans[-1][2]}, expected {cfg.steps}")
     multiple = world_size * max(1, cfg.micro_batch)
     require(cfg.batch % multiple == 0, f"batch is {cfg.batch}, expected a multiple of {multiple} "
             f"({world_size} ranks, micro_batch {cfg.micro_batch})")
@@ -656,8 +647,9 @@ def resume(cfg, meta, model, optimizer):
     log = []
     if os.path.exists(path):
         with reading(path, "a checkpoint of npp.py") as saved:
-            now = meta | asdict(cfg)
-            was = asdict(Config()) | saved | saved["config"]            # may lack a newer flag
+            now = asdict(cfg) | meta
+            was = asdict(Config()) | saved["config"]                    # may lack a newer flag
+            was |= {name: saved[name] for name in meta if name in RECIPE}
             changes = [f"saved with {name} {was[name]}, now {now[name]}" for name in RECIPE
                        if was[name] != now[name]]
             require(not changes, f"{path}: {'; '.join(changes)}; choose another --out, and --init "
@@ -672,6 +664,7 @@ def resume(cfg, meta, model, optimizer):
         if len(weights[table]) != model.classes + 1:                    # other classes: start anew
             weights[table] = model.state_dict()[table]
         model.load_state_dict(weights)
+    # All ranks wait here, so rank 0 does not write the file before all have looked for it.
     mean = mean_over_ranks(torch.tensor(float(step))).item()
     require(mean == step, f"{path}: step {step} on this rank, {mean:g} on average, expected one "
             "file for all ranks")
@@ -777,21 +770,20 @@ def sample(cfg, rank, world_size, device, p=1):
     path = cfg.tokenizer if cfg.tokenizer else str(model.meta["tokenizer"])
     require(os.path.exists(path), f"tokenizer {path} not found; pass its path with --tokenizer")
     tokenizer = load_tokenizer(path, device, model.meta)
-    if model.meta["grid"] is None:  # the file does not tell, so the tokenizer's factor must
-        model.grid = max(1, (cfg.image_size or 256) // tokenizer.factor)
+    if model.meta["grid"] is None:  # the grid of published weights follows from the image size
+        image_size = cfg.image_size if cfg.image_size else 256
+        model.grid = max(1, image_size // tokenizer.factor)
     pixels = model.grid * tokenizer.factor
     require(cfg.image_size in (0, pixels), f"image_size is {cfg.image_size}, expected {pixels}")
     model.to(device, getattr(torch, cfg.dtype))
 
+    most = 10 if cfg.out.endswith(".png") else len(names)
+    classes = class_numbers("" if cfg.classes == "random" else cfg.classes, names, most)
+    n = cfg.n if cfg.n else 10 * len(classes)
+    labels = classes[torch.arange(n) % len(classes)]
     if cfg.classes == "random":
         rng = np.random.default_rng((cfg.seed, CLASSES))
-        n = cfg.n if cfg.n else 10 * len(names)
         labels = torch.from_numpy(rng.integers(len(names), size=n))
-    else:
-        most = 10 if cfg.out.endswith(".png") else len(names)
-        classes = class_numbers(cfg.classes, names, most)
-        n = cfg.n if cfg.n else 10 * len(classes)
-        labels = classes[torch.arange(n) % len(classes)]
     images = draw(model, tokenizer, labels, cfg, p, rank, world_size)
     if rank == 0:
         save_images(cfg.out, images, labels)
@@ -810,22 +802,19 @@ def parse(argv):
     text = (f"{__doc__}\nEach field of Config is a flag, such as --model B --patches 4,2,1.\n\n"
             f"{inspect.getsource(Config)}\nThe model tiny has its own defaults: {TINY}")
     given = parse_flags("npp.py", text, Config, argv)
-    cfg = Config()
+    values = {}
     if given.get("model", "tiny") == "tiny":
-        cfg = Config(**TINY)
+        values.update(TINY)
     if "epochs" in given:  # it replaces tiny's steps, and --steps replaces both
-        cfg.steps = 0
-    for name, value in given.items():
-        setattr(cfg, name, value)
+        values["steps"] = 0
+    cfg = Config(**(values | given))
     for name in ("batch", "log_every", "eval_every", "clip"):
         require(getattr(cfg, name) > 0, f"{name} is 0, expected more")
     for name in ("dropout", "class_dropout", "decay_frac"):
         require(getattr(cfg, name) <= 1, f"{name} is {getattr(cfg, name)}, expected at most 1")
     if not cfg.out:
         cfg.out = "samples.png" if cfg.sample else f"out/{cfg.model}"
-    recent_gpu = False
-    if torch.cuda.is_available():  # before 8.0 (T4, V100) bfloat16 is slow, and Triton may fail
-        recent_gpu = torch.cuda.get_device_capability() >= (8, 0)
+    recent_gpu = torch.cuda.is_bf16_supported(including_emulation=False)   # T4 and V100 are not
     if cfg.dtype == "auto":
         cfg.dtype = "bfloat16" if recent_gpu else "float32"
     if cfg.compile == "auto":
