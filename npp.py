@@ -84,8 +84,8 @@ def stage(step, total, patches, lam):
 def lr_at(step, total, patches, lam, lr, lr_min, warmup, decay_frac):
     """Learning rate, in each stage afresh (Sec. 4.1): linear warm-up, plateau at lr, linear decay
 
-    warmup is in steps. The decay takes the last decay_frac of the stage. One step more, and it would
-    be at lr_min.
+    warmup is in steps. The decay takes the last decay_frac of the stage. With one more step it
+    would reach lr_min.
     """
     _, first, end = stage(step, total, patches, lam)
     warmup = max(1, min(warmup, (end - first) / 10))        # at most a tenth of the stage
