@@ -107,11 +107,8 @@ def measure(args):
     modes = ["eager"]
     if cfg.compile == "true":
         modes.append("compiled")
-    machine = "CPU"
-    side = 1024
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name()
-        side = 8192
+    gpu = device.type == "cuda"
+    machine = torch.cuda.get_device_name() if gpu else "CPU"
     print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, {cfg.dtype}, "
           f"{args}", flush=True)
 
@@ -126,6 +123,7 @@ def measure(args):
         optimizer = torch.optim.AdamW(official.parameters(), fused=True)
         contestants.append(("official", official, optimizer, official_sampler))
 
+    side = 8192 if gpu else 1024
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     calls = {"matmul": partial(torch.mm, matrix, matrix)}
     for who, network, optimizer, sampler in contestants:
@@ -142,10 +140,10 @@ def measure(args):
 
     peak = 2 * side**3 / np.median(seconds.pop("matmul"))
     print(f"matmul of {side} x {side}: {peak / 1e12:.4g} TFLOP/s")
-    for what, mode, who in list(seconds):
-        if what == "train p=2":  # the mean step of a run that is half p = 2, half p = 1
-            both = seconds["train p=1", mode, who] + seconds[what, mode, who]
-            seconds["train (2,1)", mode, who] = both / 2
+    for (what, mode, who), times in list(seconds.items()):
+        if what == "train p=2":  # a (2,1) run takes as many steps at p = 1
+            mean = (times + seconds["train p=1", mode, who]) / 2
+            seconds["train (2,1)", mode, who] = mean
     show(args, seconds, peak)
 
 
@@ -173,15 +171,16 @@ class Official(nn.Module):
         sys.path.append(args.peer)      # last, as it has a package `tokenizer` too
         from autoregressive.models import generate, gpt
         gpt.target_patchify = same_targets
+        device = ours.output.weight.device
         shape = gpt.ModelArgs(**npp.SIZES[args.size], vocab_size=args.vocab,
                               block_size=args.grid**2)
-        self.model = gpt.Transformer(shape).to(ours.output.weight)
+        self.model = gpt.Transformer(shape).to(device)
         self.model.load_state_dict(ours.state_dict())
         self.generate = generate.generate
         self.rope = {}
         for p in (1, 2, 4):
-            rope = gpt.precompute_freqs_cis_2d(args.grid // p, ours.head_dim, 10000, 1)
-            self.rope[p] = rope.to(ours.output.weight.device)
+            rope = gpt.precompute_freqs_cis_2d(args.grid // p, ours.head_dim, cls_token_num=1)
+            self.rope[p] = rope.to(device)
 
     def forward(self, codes, labels, p, loss=True):
         _, loss = self.model(codes, labels, targets=codes, p=p, patch_size=p * p,

@@ -48,10 +48,8 @@ def test_relative_cost_of_table_3(patches, lam, printed):
     assert f"{average / next_token:.3f}" == printed
 
 
-def test_cost_is_the_average_over_stages():
-    average, (coarse, fine) = bench.cost(dict(n_layer=12, n_head=12, dim=768), (2, 1), lam=0.75)
-    assert average == pytest.approx(0.75 * coarse + 0.25 * fine)
-    assert fine == bench.cost("B", (1,))[0]
+def test_size_by_its_numbers():
+    assert bench.cost(dict(n_layer=12, n_head=12, dim=768)) == bench.cost("B")
 
 
 def test_plan(capsys):
