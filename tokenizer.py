@@ -1,8 +1,7 @@
 """Images to codes and back: the VQGAN of LlamaGen
 
 An encoder shrinks the image by a factor f. Each of the h x w vectors that are left is replaced by
-the nearest vector of a codebook, and its index there is the code. A decoder turns the codes back
-into an image.
+the nearest vector of a codebook; its index is the code. A decoder makes an image of the codes.
 
     python tokenizer.py train IMAGES tokenizer.pt --image_size 32     # a small one of your own
     python tokenizer.py encode IMAGES DATA --tokenizer tokenizer.pt   # codes for npp.py --data DATA
@@ -16,13 +15,13 @@ into an image.
 IMAGES is a folder with one sub-folder per class, its images at any depth, or an .npz of `arr_0`
 uint8 (n, H, W, 3), `labels` (n,) and, optionally, `classes`, their names.
 
-Shapes: B images of S x S pixels, h = w = S/f codes per side, N = h*w, D dimensions of a codebook
-vector.
+Shapes: B images of S x S pixels, h = w = S/f codes per side, D dimensions of a codebook vector.
 """
 
 import argparse
 import glob
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -39,7 +38,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import fields
 from datetime import timedelta
 from functools import partial
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -67,6 +66,7 @@ def reading(path, what):
 
     Any error, here or inside the `with`, means that the file is not `what`: raises BadInput.
     """
+    expected = f"{path}: expected {what} in a .pt file"
     try:
         is_zip = zipfile.is_zipfile(path)
         if is_zip:  # torch.load does not notice a flipped bit
@@ -75,40 +75,36 @@ def reading(path, what):
         # The official training checkpoints carry their flags as an argparse.Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-        require(isinstance(saved, dict),
-                f"{path}: holds a {type(saved).__name__}, expected {what} in a .pt file")
+        require(isinstance(saved, dict), expected)
         yield saved
     except BadInput:
         raise
     except pickle.UnpicklingError:  # torch's message suggests running the code in the file
-        raise BadInput(f"{path}: damaged, of another format, or with code in it; "
-                       f"expected {what} in a .pt file") from None
+        raise BadInput(f"{expected}, found damage, another format, or code") from None
     except Exception as error:  # each kind of damage raises its own
-        raise BadInput(f"{path}: expected {what} in a .pt file ({error!r:.300})") from None
+        raise BadInput(f"{expected} ({error!r:.300})") from None
 
 
 def check_output(path):
-    """Raises BadInput now, before the work, if a file cannot be written to `path`"""
+    """Raises BadInput now, not after the work, if `path` cannot be written"""
     folder = os.path.dirname(path) or "."
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise BadInput(f"{path}: cannot be written ({error.strerror})") from None
-    require(not os.path.isdir(path), f"{path}: is a folder, expected the name of a file to write")
+    require(not os.path.isdir(path), f"{path}: cannot be written (it is a folder)")
 
 
 def replace_file(path, write):
-    """Call write(file) on a file beside `path`, then rename it to `path`
+    """write(file) beside `path`, then rename: a kill or a full disk leaves the old file
 
-    So a kill or a full disk leaves the old file as it was. Raises BadInput if the file cannot be
-    written.
+    Raises BadInput if the file cannot be written.
     """
     check_output(path)
-    for part in glob.glob(f"{glob.escape(str(path))}.*.part"):  # of processes that were killed
-        with suppress(OSError):
-            if os.path.getmtime(part) < time.time() - 3600:
-                os.remove(part)
+    for part in glob.glob(f"{glob.escape(str(path))}.*.part"):
+        if os.path.getmtime(part) < time.time() - 3600:  # left by a process that was killed
+            os.remove(part)
     part = f"{path}.{os.getpid()}.part"  # two processes never write to the same file
     try:
         with open(part, "wb") as file:
@@ -117,14 +113,13 @@ def replace_file(path, write):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        reason = error
-        if isinstance(error, RuntimeError):
-            reason = error.__context__  # torch.save hides that the disk is full
-        if not isinstance(reason, OSError):
-            raise
-        raise BadInput(f"{path}: cannot be written ({reason.strerror})") from None
+        # torch.save hides the OSError of a full disk behind a RuntimeError.
+        reason = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(reason, OSError):
+            raise BadInput(f"{path}: cannot be written ({reason.strerror})") from None
+        raise
     finally:
-        with suppress(OSError):  # after the rename there is nothing to remove
+        with suppress(FileNotFoundError):  # it has been renamed
             os.remove(part)
 
 
@@ -132,8 +127,8 @@ def write_array(file, chunks, n):
     """Stream arrays (b, ...), n rows in total, into one .npy"""
     for i, chunk in enumerate(chunks):
         if i == 0:
-            shape = (n, *chunk.shape[1:])
-            header = {"descr": chunk.dtype.str, "fortran_order": False, "shape": shape}
+            header = np.lib.format.header_data_from_array_1_0(chunk)
+            header["shape"] = (n,) + chunk.shape[1:]
             np.lib.format.write_array_header_1_0(file, header)
         file.write(chunk.tobytes())
 
@@ -375,30 +370,21 @@ def to_rgb(image):
 
 
 class Images:
-    """The images in a class folder or an .npz, each cropped to every one of `sizes`
+    """The images in a class folder or an .npz, each center-cropped to every one of `sizes`
 
-    items: file names or arrays; labels: int64 (n,); classes: their names. Raises BadInput.
+    items: file names or arrays; labels: int64 (n,), set to -1 where reading finds an unreadable
+    image; classes: their names. Raises BadInput.
     """
 
     def __init__(self, source, sizes):
         self.source = source
         self.sizes = sizes
-        if os.path.isdir(source):
-            self.items, self.labels, self.classes = read_folder(source)
-            self.files = self.items
-        else:
-            self.items, self.labels, self.classes = read_npz(source)
-            self.files = [source]
+        read = read_folder if os.path.isdir(source) else read_npz
+        self.items, self.labels, self.classes = read(source)
         require(len(self.items) > 0, f"{source}: no images, expected one sub-folder per class")
-        require(len(self.classes) <= 65536, f"{source}: more than 65536 classes")
-
-    def __len__(self):
-        return len(self.items)
 
     def load(self, i):
-        """-> label and one uint8 (S, S, 3) per size. An unreadable image is named, and gives the
-        label -1 and black pictures.
-        """
+        """-> one uint8 (S, S, 3) per size, black ones if the image is unreadable"""
         item = self.items[i]
         name = f"image {i} of {self.source}"
         try:
@@ -408,52 +394,45 @@ class Images:
                     image = to_rgb(file)
             else:
                 image = Image.fromarray(item)
-            return self.labels[i], [np.asarray(center_crop(image, size)) for size in self.sizes]
+            return [np.asarray(center_crop(image, size)) for size in self.sizes]
         except Exception as error:  # Pillow raises many kinds
             complain(f"{name}: unreadable image ({error!r})")
-            return -1, [np.zeros((size, size, 3), np.uint8) for size in self.sizes]
+            self.labels[i] = -1
+            return [np.zeros((size, size, 3), np.uint8) for size in self.sizes]
 
     def read(self, chunks):
-        """Yield labels (b,) and one uint8 (b, S, S, 3) per size for each chunk of indices (b,)
+        """Yield one uint8 (b, S, S, 3) per size for each chunk of indices (b,)
 
-        Threads read the next chunk while the caller works on this one.
+        Threads read the next chunk meanwhile.
         """
         cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        # No `with`: it would wait for the threads whenever a caller stops early.
-        pool = ThreadPoolExecutor(max(1, cores))
+        pool = ThreadPoolExecutor(max(1, cores))  # a `with` would wait if the caller stops early
         ahead = []
         for chunk in chunks:
             ahead.append(pool.map(self.load, chunk))
-            if len(ahead) == 2:
+            if len(ahead) > 1:
                 yield stack(ahead.pop(0))
         yield from map(stack, ahead)
 
     def fingerprint(self):
         """Changes when an image is added, removed or replaced"""
         digest = hashlib.sha256()
-        for path in self.files:
-            with suppress(OSError):  # a broken link counts as an unreadable image
-                status = os.stat(path)
-                name = path.removeprefix(self.source)
-                digest.update(os.fsencode(f"{name} {status.st_size} {status.st_mtime_ns}\0"))
+        for path in self.items if isinstance(self.items, list) else [self.source]:
+            status = os.stat(path, follow_symlinks=os.path.exists(path))  # a link may be broken
+            facts = (path.removeprefix(self.source), status.st_size, status.st_mtime_ns)
+            digest.update(repr(facts).encode())
         return digest.hexdigest()
 
 
 def stack(items):
-    """What Images.load returns, several times -> labels (b,), one uint8 (b, S, S, 3) per size"""
-    labels = []
-    pictures = []
-    for label, of_each_size in items:
-        labels.append(label)
-        pictures.append(of_each_size)
-    return np.array(labels), [np.stack(same_size) for same_size in zip(*pictures)]
+    return [np.stack(same_size) for same_size in zip(*items)]
 
 
 def read_folder(root):
-    """-> file names below `root`, in ImageFolder's order; labels; names of the classes
+    """-> file names, in ImageFolder's order; labels; names of the classes
 
-    Every file in a class folder counts as an image unless it is hidden or in a hidden folder. A
-    class folder may be a link. A link to a folder inside one is refused: it may lead in circles.
+    Every file in a class folder is an image unless it is hidden or in a hidden folder. A class
+    folder may be a link; links to folders inside one, which may lead in circles, are refused.
     """
     _, folders, others = next(os.walk(root, onerror=refuse))
     classes = visible(folders)
@@ -463,8 +442,7 @@ def read_folder(root):
         members = []
         for folder, below, names in os.walk(os.path.join(root, name), onerror=refuse):
             below[:] = visible(below)  # where os.walk goes next
-            for link in below:
-                path = os.path.join(folder, link)
+            for path in [os.path.join(folder, name) for name in below]:
                 require(not os.path.islink(path), f"{path}: a link to a folder, expected a folder")
             members += [os.path.join(folder, name) for name in visible(names)]
         files += sorted(members, key=os.path.split)  # by folder, then by name
@@ -478,8 +456,7 @@ def visible(names):
     return sorted(name for name in names if not name.startswith("."))
 
 
-def refuse(error):
-    """os.walk would otherwise skip a folder that it cannot read"""
+def refuse(error):  # os.walk would skip a folder that it cannot read
     raise BadInput(f"{error.filename}: cannot be read ({error.strerror})")
 
 
@@ -489,45 +466,33 @@ def read_npz(path):
         with np.load(path) as file:
             arrays = dict(file)
         images = arrays["arr_0"]
-        if "labels" not in arrays:
-            arrays["labels"] = arrays["arr_1"]  # as ADM's sampler names them
-        labels = arrays["labels"]
+        # Labels are called arr_1 by ADM's sampler; np.savez(path, *batches) has more images there.
+        labels = arrays.get("arr_1", arrays.get("labels")).astype(np.int64, casting="safe")
     except Exception as error:  # each kind of damage raises its own
         raise BadInput(f"{path}: expected arr_0 and labels in an .npz ({error!r})") from None
-    require(images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3,
+    require(images.dtype == np.uint8 and images.shape[3:] == (3,),
             f"{path}: arr_0 is {images.dtype} {images.shape}, expected uint8 (n, H, W, 3)")
-    require(labels.dtype.kind in "iu" and labels.shape == images.shape[:1],
-            f"{path}: labels are {labels.dtype} {labels.shape}, expected integers "
-            f"({len(images)},)")
-    require(arrays.get("arr_1", labels).shape == labels.shape,
-            f"{path}: more images in arr_1, expected all of them in arr_0")
-    highest = 65535
-    if "classes" in arrays:
-        highest = len(arrays["classes"]) - 1
-    labels = labels.astype(np.int64)
-    require(labels.min(initial=0) >= 0 and labels.max(initial=0) <= highest,
-            f"{path}: labels are {labels.min()} to {labels.max()}, expected 0 to {highest}")
-    names = arrays.get("classes", np.arange(labels.max(initial=-1) + 1))
-    return images, labels, names.astype(str).tolist()
+    require(labels.shape == images.shape[:1],
+            f"{path}: labels or arr_1 are {labels.shape}, expected ({len(images)},)")
+    names = arrays.get("classes", np.arange(labels.max(initial=-1) + 1)).astype(str).tolist()
+    require(labels.min(initial=0) >= 0 and labels.max(initial=-1) < len(names),
+            f"{path}: labels {labels.min()} to {labels.max()}, expected 0 to {len(names) - 1}")
+    return images, labels, names
 
 
 # ---- 4. Pictures, and .npz of samples
 
 
 def save_images(path, chunks, labels):
-    """Save images as a picture or for fid.py
+    """Chunks of images, uint8 (b, H, W, 3), and the labels (n,) of them all -> a picture or .npz
 
-    chunks: uint8 arrays (b, H, W, 3), in total as many images as labels (n,) integers.
     path: .png, one grid, a class per row in the order in which the labels name them; or .npz with
     arr_0 uint8 (n, H, W, 3), streamed to disk chunk by chunk, and labels int64. Raises BadInput.
     """
     labels = np.asarray(labels).astype(np.int64)
-    if path.endswith(".npz"):
-        replace_file(path, partial(write_npz, chunks=chunks, labels=labels))
-    elif path.endswith(".png"):
-        replace_file(path, partial(write_png, chunks=chunks, labels=labels))
-    else:
-        raise BadInput(f"{path}: expected a .png or an .npz")
+    require(path.endswith((".npz", ".png")), f"{path}: expected a .png or an .npz")
+    write = write_npz if path.endswith(".npz") else write_png
+    replace_file(path, partial(write, chunks=chunks, labels=labels))
 
 
 def write_npz(file, chunks, labels):
@@ -557,40 +522,43 @@ def write_png(file, chunks, labels):
 # ---- 5. Training a small one
 
 
-def train(args):
-    """Train a small tokenizer. OUT is written at the end.
+def train(images, out, *, image_size: int = 256, steps: int = 12000, batch: int = 16,
+          lr: float = 1e-3, seed: int = 0, codebook_size: int = 256, ch: int = 32,
+          ch_mult: tuple = (1, 1, 2), z_channels: int = 32):
+    """Train a small tokenizer. OUT, a file, is written at the end.
 
     The loss is the squared error: LlamaGen's perceptual and adversarial losses need pretrained
     networks. Codes not used for 100 steps move onto features of the current batch, so that the
     whole codebook is put to work. Unreadable images are named and left out; the exit code is 2.
+
+    ch: channels, a multiple of 32; ch_mult: channels of each level, times ch, of which all but the
+    last halve the image; z_channels: channels before the codebook.
     """
     _, _, device = setup()
-    require(args.ch % 32 == 0, f"--ch is {args.ch}, expected a multiple of 32")
-    require(args.codebook_size <= 65536,
-            f"--codebook_size is {args.codebook_size}, expected at most 65536")
-    torch.manual_seed(args.seed)
-    model = VQModel(args.codebook_size, 8, args.ch, args.ch_mult, args.z_channels).to(device)
-    check_image_size(args.image_size, model)
-    check_output(args.out)
-    data = Images(args.images, [args.image_size])
-    for labels, pictures in data.read([range(len(data))]):
-        images = pictures[0][labels >= 0]
-    require(len(images) > 0, f"{args.images}: no readable image")
+    require(ch % 32 == 0, f"--ch is {ch}, expected a multiple of 32")
+    require(codebook_size <= 65536, f"--codebook_size is {codebook_size}, expected at most 65536")
+    torch.manual_seed(seed)
+    model = VQModel(codebook_size, 8, ch, ch_mult, z_channels).to(device)
+    check_image_size(image_size, model)
+    check_output(out)
+    source = Images(images, [image_size])
+    pixels = next(source.read([range(len(source.items))]))[0][source.labels >= 0]
+    require(len(pixels) > 0, f"{images}: no readable image")
     embedding = model.quantize["embedding"].weight
     embedding.data.normal_()
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99))
 
-    used = torch.zeros(args.codebook_size, device=device)
+    used = torch.zeros(codebook_size, device=device)
     error = 0.0
-    for step in range(args.steps):
+    for step in range(steps):
         # Linear warm-up, then constant, then linear decay over the last 60 %.
         warmup = min(1, (step + 1) / 200)
-        decay = min(1, (1 - step / args.steps) / 0.6)
-        optimizer.param_groups[0]["lr"] = args.lr * warmup * decay
+        decay = min(1, (1 - step / steps) / 0.6)
+        optimizer.param_groups[0]["lr"] = lr * warmup * decay
 
-        rng = np.random.default_rng((args.seed, step))
-        batch = images[rng.integers(len(images), size=args.batch)]
-        x = from_uint8(batch).to(device)                              # (B, 3, S, S)
+        rng = np.random.default_rng((seed, step))
+        chosen = pixels[rng.integers(len(pixels), size=batch)]
+        x = from_uint8(chosen).to(device)                             # (B, 3, S, S)
         z = model.features(x)                                         # (B, h, w, D)
         codes = model.nearest(z)                                      # (B, h, w)
         q = model.codebook()[codes]                                   # (B, h, w, D)
@@ -605,21 +573,21 @@ def train(args):
 
         used += torch.bincount(codes.flatten(), minlength=len(used))
         error += squared_error.item()
-        require(math.isfinite(error), f"--lr is {args.lr}: the loss is {squared_error.item()} at "
-                                      f"step {step + 1}, expected a number; nothing is written")
-        if (step + 1) % 100 == 0 or step + 1 == args.steps:
+        require(math.isfinite(error), f"--lr is {lr}: the loss is {squared_error.item()} at step "
+                                      f"{step + 1}, expected a number; nothing is written")
+        if (step + 1) % 100 == 0 or step + 1 == steps:
             mean_error = error / (step % 100 + 1)  # over the steps since the last line
             psnr = 10 * np.log10(4 / mean_error)  # the range from -1 to 1, squared, is 4
-            print(f"step {step + 1:,} of {args.steps:,}  PSNR {psnr:.2f} dB  "
+            print(f"step {step + 1:,} of {steps:,}  PSNR {psnr:.2f} dB  "
                   f"{int((used > 0).sum())} codes in use", flush=True)
-            if step < args.steps / 2:  # later the features settle, and so must the codes
+            if step < steps / 2:  # later the features settle, and so must the codes
                 unused = (used == 0).nonzero()[:, 0]
                 features = z.detach().flatten(0, 2)
                 embedding.data[unused] = features[rng.integers(len(features), size=len(unused))]
             used.zero_()
             error = 0.0
-    save_tokenizer(args.out, model)
-    return 0 if len(images) == len(data) else 2
+    save_tokenizer(out, model)
+    return 0 if len(pixels) == len(source.items) else 2
 
 
 def save_tokenizer(path, model):
@@ -631,7 +599,7 @@ def save_tokenizer(path, model):
 
 
 def check_image_size(image_size, model):
-    require(image_size % model.factor == 0,
+    require(image_size > 0 and image_size % model.factor == 0,
             f"--image_size is {image_size}, expected a multiple of {model.factor}")
 
 
@@ -641,22 +609,18 @@ SUFFIX = {"train": "", "val": "_val"}  # of the names of a split's files
 
 
 def check_new(folder, split):
-    """Raises BadInput if the split is already there: no codes are ever overwritten"""
-    names = ["codes_val.npy"]
-    if split == "train":
-        names.append("meta.json")
-    for name in names:
-        path = f"{folder}/{name}"
-        require(not os.path.exists(path), f"{path}: already there, delete the data set first or "
-                                          f"choose another folder")
+    """Raises BadInput if the split is there, or a val split that a new train split would not fit"""
+    for name in {"train": ["meta.json", "codes_val.npy"], "val": ["codes_val.npy"]}[split]:
+        require(not os.path.exists(f"{folder}/{name}"), f"{folder}/{name} exists, delete the data "
+                                                        f"set first or choose another folder")
 
 
 def check_classes(source, labels, classes):
-    """Raises BadInput for a class without images: samples of it would show nothing"""
+    """Raises BadInput for a class without images: its samples would show nothing"""
+    require(len(classes) <= 65536, f"{source}: {len(classes)} classes, expected at most 65536")
     images = np.bincount(labels, minlength=len(classes))
     empty = [classes[i] for i in np.flatnonzero(images == 0)]
-    require(not empty, f"{source}: no images of class {', '.join(empty[:9])}, expected some of "
-                       f"each of the {len(classes)} classes")
+    require(not empty, f"{source}: no readable images of class {', '.join(empty[:9])}")
 
 
 def publish(folder, split, meta, codes, labels, tokenizer):
@@ -665,35 +629,18 @@ def publish(folder, split, meta, codes, labels, tokenizer):
     codes: arrays (b, views, h*w); labels: for all of them (n,); tokenizer: a file, or None. The
     split counts once its last file is there: codes_val.npy for val, meta.json for train.
     """
-    suffix = SUFFIX[split]
-    replace_file(f"{folder}/labels{suffix}.npy", partial(np.save, arr=labels.astype(np.uint16)))
-    write_codes = partial(write_array, chunks=codes, n=len(labels))
-    replace_file(f"{folder}/codes{suffix}.npy", write_codes)
-    if split == "train":
-        if tokenizer:
-            with open(tokenizer, "rb") as source:
-                replace_file(f"{folder}/tokenizer.pt", partial(shutil.copyfileobj, source))
-        text = json.dumps(meta, indent=1).encode()
-        replace_file(f"{folder}/meta.json", partial(write_bytes, content=text))
+    def write_meta(file):
+        file.write(json.dumps(meta, indent=1).encode())
 
-
-def write_bytes(file, content):
-    file.write(content)
-
-
-def read_meta(folder):
-    """meta.json of a data set -> dict, with the whole path of the tokenizer. Raises BadInput."""
-    path = os.path.join(folder, "meta.json")
-    try:
-        with open(path) as file:
-            meta = json.load(file)
-        for name in ("vocab", "grid", "image_size", "classes", "tokenizer", "tokenizer_sha256"):
-            meta[name]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"{path}: expected what tokenizer.py encode writes ({error!r})") from None
-    if meta["tokenizer"]:
-        meta["tokenizer"] = os.path.join(folder, meta["tokenizer"])
-    return meta
+    end = f"{SUFFIX[split]}.npy"
+    replace_file(f"{folder}/labels{end}", partial(np.save, arr=labels.astype(np.uint16)))
+    replace_file(f"{folder}/codes{end}", partial(write_array, chunks=codes, n=len(labels)))
+    if split == "val":
+        return
+    if tokenizer:
+        with open(tokenizer, "rb") as source:
+            replace_file(f"{folder}/tokenizer.pt", partial(shutil.copyfileobj, source))
+    replace_file(f"{folder}/meta.json", write_meta)
 
 
 def open_codes(folder, meta, suffix=""):
@@ -724,37 +671,42 @@ class Codes:
     codes (images, views, N) and labels (images,) are memory-mapped. The views of an image are the
     crops of it that were encoded; training draws one at random. val is the same pair for the
     validation split, or None. meta is meta.json (vocab, grid, image_size, classes, tokenizer, ...)
-    and the number of images; checkpoints of npp.py hold it too. tokenizer: a file to use instead
-    of meta's.
+    and the number of images; checkpoints of npp.py hold it too. tokenizer: a file to use instead.
     """
 
     def __init__(self, folder, tokenizer=""):
-        self.meta = read_meta(folder)
+        path = os.path.join(folder, "meta.json")
+        try:
+            with open(path) as file:
+                self.meta = json.load(file)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{path}: expected what encode writes ({error!r})") from None
+        if self.meta["tokenizer"]:
+            self.meta["tokenizer"] = os.path.join(folder, self.meta["tokenizer"])
+        if tokenizer:
+            self.meta["tokenizer"] = tokenizer
         self.codes, self.labels = open_codes(folder, self.meta)
         check_classes(folder, self.labels, self.meta["classes"])
         self.meta["images"] = len(self.codes)
-        if tokenizer:
-            self.meta["tokenizer"] = tokenizer
         self.val = None
         if os.path.exists(os.path.join(folder, "codes_val.npy")):
             self.val = open_codes(folder, self.meta, "_val")
 
     def read(self, split, index, view=0):
-        """Codes and labels of some images (b,) of a split -> int64 tensors (b, N), (b,)
+        """Codes and labels of the images (b,) of a split -> int64 tensors (b, N), (b,)
 
-        split: a pair of arrays, (codes, labels) or val. view: a number, or one per image (b,).
+        split: the pair (codes, labels), or val; view: a number, or one per image (b,).
         """
         all_codes, all_labels = split
         codes = all_codes[index, view]
-        if codes.max() >= self.meta["vocab"]:
-            worst = codes.max(axis=1).argmax()
-            raise BadInput(f"{all_codes.filename}: image {index[worst]} has code {codes.max()}, "
-                           f"expected 0 to {self.meta['vocab'] - 1}")
+        worst = codes.max(axis=1).argmax()
+        require(codes[worst].max() < self.meta["vocab"],
+                f"{all_codes.filename}: image {index[worst]} has code {codes[worst].max()}, "
+                f"expected 0 to {self.meta['vocab'] - 1}")
         codes = torch.from_numpy(codes).long()
         labels = torch.from_numpy(all_labels[index]).long()
         if torch.cuda.is_available():  # a copy from pinned memory runs in the background
-            codes = codes.pin_memory()
-            labels = labels.pin_memory()
+            return codes.pin_memory(), labels.pin_memory()
         return codes, labels
 
 
@@ -771,6 +723,10 @@ def class_numbers(text, names, most):
 
 
 # ---- 7. Images to codes
+
+
+def floats(text):
+    return [float(x) for x in text.split(",")]
 
 
 def crops(images, size, views):
@@ -790,182 +746,171 @@ def crops(images, size, views):
     return [x[..., top : top + size, left : left + size] for x in both for top, left in corners]
 
 
-def encode(args):
+def encode(images, out, *, tokenizer: str, image_size: int = 256,
+           split: Literal["train", "val"] = "train",
+           views: Literal["center", "one", "ten_crop"] = "center", scales: floats = (1.1,)):
     """Write codes, labels, meta.json and a copy of the tokenizer into OUT, the data set of npp.py
 
-    A split that is already there is refused. Unreadable images are named and left out; then the
-    exit code is 2. After a kill the same command continues: finished parts of 256 images wait in
-    OUT/codes.part. Several processes, started by torchrun, share the work and write the same codes
-    as one.
+    A split that exists is refused. Unreadable images are named and left out; then the exit code is
+    2. After a kill the same command continues. Processes started by torchrun share the work.
+
+    views, center: crop and its mirror image, one: crop only; scales: sizes that ten_crop cuts from,
+    in multiples of image_size; 1.1,1.05 makes 20 views.
     """
     rank, world_size, device = setup()
-    check_new(args.out, args.split)
-    sizes = [args.image_size]
-    if args.views == "ten_crop":
-        require(args.split == "train", "--views is ten_crop, expected center or one for val")
-        require(min(args.scales) >= 1, f"--scales is {args.scales}, expected 1 or more")
-        sizes = [int(args.image_size * scale) for scale in args.scales]
-    model = load_tokenizer(args.tokenizer, device)
-    check_image_size(args.image_size, model)
-    data = Images(args.images, sizes)
-    meta = {"vocab": len(model.codebook()), "grid": args.image_size // model.factor,
-            "image_size": args.image_size, "classes": data.classes, "tokenizer": "tokenizer.pt",
-            "tokenizer_sha256": sha256(args.tokenizer)}
-    if args.split == "train":
-        check_classes(args.images, data.labels, data.classes)
+    check_new(out, split)
+    sizes = [image_size]
+    if views == "ten_crop":
+        require(split == "train", "--views is ten_crop, expected center or one for val")
+        require(min(scales) >= 1, f"--scales is {scales}, expected 1 or more")
+        sizes = [int(image_size * scale) for scale in scales]
+    model = load_tokenizer(tokenizer, device)
+    check_image_size(image_size, model)
+    source = Images(images, sizes)
+    n = len(source.items)
+    meta = {"vocab": len(model.codebook()), "grid": image_size // model.factor,
+            "image_size": image_size, "classes": source.classes, "tokenizer": "tokenizer.pt",
+            "tokenizer_sha256": sha256(tokenizer)}
+    if split == "train":
+        check_classes(images, source.labels, source.classes)
     else:
-        match_train_split(args.out, meta)
-    check_output(f"{args.out}/meta.json")
+        match_train_split(out, meta)
 
-    # Other flags or images make a folder of another name, so parts of two encodings never mix.
-    recipe = dict(meta, views=args.views, sizes=sizes, images=data.fingerprint())
-    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
-    all_parts = f"{args.out}/codes{SUFFIX[args.split]}.part"
-    folder = from_rank_0(f"{all_parts}/{digest[:16]}")
-    chunks = np.split(np.arange(len(data)), range(256, len(data), 256))
-    paths = [f"{folder}/{chunk[0]:09}.npz" for chunk in chunks]
-
-    # The ranks take turns at the missing parts.
-    missing = [i for i in range(len(paths)) if not os.path.exists(paths[i])]
-    mine = from_rank_0(missing)[rank::world_size]
-    start = time.time()
-    upcoming = data.read([chunks[i] for i in mine])
-    for done, i in enumerate(mine, 1):
-        labels, images = next(upcoming)
-        codes = encode_images(images, model, args)
-        replace_file(paths[i], partial(np.savez, codes=codes, labels=labels))
+    # Finished parts of 256 images are files. Other flags or images have another folder of them.
+    recipe = dict(meta, views=views, sizes=sizes, images=source.fingerprint())
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+    folder = f"{out}/codes{SUFFIX[split]}.part"
+    chunks = np.split(np.arange(n), range(256, n, 256))
+    paths = [f"{folder}/{digest}/{chunk[0]:09}.npz" for chunk in chunks]
+    mine = [i for i in range(rank, len(paths), world_size) if not os.path.exists(paths[i])]
+    for i, pixels in zip(mine, source.read([chunks[i] for i in mine])):
+        codes = encode_part(pixels, model, image_size, views)
+        replace_file(paths[i], partial(np.savez, codes=codes, labels=source.labels[chunks[i]]))
         if rank == 0:
-            show_progress(done, len(mine), start)
+            print(f"image {chunks[i][-1] + 1:,} of {n:,}", end="\r", flush=True)
     if world_size > 1:
         dist.all_reduce(torch.zeros(1))  # waits for all; on the CPU it fails if a rank has ended
     if rank > 0:
         return 0
 
-    # Join them.
+    # Join the parts.
     labels = np.concatenate([read_part(path, "labels") for path in paths])
     codes = (read_part(path, "codes") for path in paths)
-    require(len(labels) > 0, f"{args.images}: no readable image")
-    if args.split == "train":
-        check_classes(args.images, labels, data.classes)
-    publish(args.out, args.split, meta, codes, labels, args.tokenizer)
-    shutil.rmtree(all_parts)
-    unreadable = len(data) - len(labels)
-    print(f"{args.out}: {len(labels):,} images of {meta['grid']} x {meta['grid']} codes, "
-          f"{unreadable:,} images unreadable")
-    return 2 if unreadable else 0
+    require(len(labels) > 0, f"{images}: no readable image")
+    if split == "train":
+        check_classes(images, labels, meta["classes"])
+    publish(out, split, meta, codes, labels, tokenizer)
+    shutil.rmtree(folder)
+    print(f"{out}: {len(labels):,} images of {meta['grid']} x {meta['grid']} codes, "
+          f"{n - len(labels):,} images unreadable")
+    return 0 if len(labels) == n else 2
 
 
 def match_train_split(folder, meta):
-    """Raises BadInput unless codes with this meta can be the val split of a data set
+    """Raises BadInput unless a val split with this meta belongs to the train split in the folder
 
-    Classes that came without names are called 0, 1, 2, ...: meta then gets the other split's names.
+    Classes without names are called 0, 1, 2, ... in either split; meta then gets those of train.
     """
-    train = read_meta(folder)
+    train = Codes(folder).meta
     unnamed = [str(i) for i in range(len(meta["classes"]))]
-    if train["classes"] == unnamed or (
-            meta["classes"] == unnamed and len(unnamed) <= len(train["classes"])):
+    if meta["classes"] == unnamed[: len(train["classes"])] or train["classes"] == unnamed:
         meta["classes"] = train["classes"]
     for key in ("vocab", "grid", "image_size", "classes", "tokenizer_sha256"):
-        require(train[key] == meta[key], f"{folder}/meta.json: the train split has other codes: "
-                                         f"{key} {train[key]!s:.99}, but here {meta[key]!s:.99}")
+        require(train[key] == meta[key], f"{folder}/meta.json: the train split has other codes, "
+                                         f"{key} {train[key]!s:.99} instead of {meta[key]!s:.99}")
 
 
-def encode_images(images, model, args):
+def encode_part(images, model, image_size, views):
     """uint8 (b, S, S, 3) per size -> codes (b, views, h*w), uint8 where they fit, else uint16"""
     device = next(model.parameters()).device
     codes = []
     for first in range(0, len(images[0]), 16):  # to fit in memory
-        views = []
+        batches = []
         for same_size in images:
-            batch = from_uint8(same_size[first : first + 16]).to(device)
-            views += crops(batch, args.image_size, args.views)
-        of_views = [model.encode(view).flatten(1) for view in views]    # (16, h*w) per view
+            x = from_uint8(same_size[first : first + 16]).to(device)
+            batches += crops(x, image_size, views)
+        of_views = [model.encode(batch).flatten(1) for batch in batches]
         codes.append(torch.stack(of_views, dim=1).cpu())                # (16, views, h*w)
     return torch.cat(codes).numpy().astype(np.min_scalar_type(len(model.codebook()) - 1))
 
 
 def read_part(path, name):
-    """The codes or labels of the readable images of a part"""
+    """Its codes or labels of readable images"""
     with np.load(path) as part:
         return part[name][part["labels"] >= 0]
-
-
-def show_progress(done, total, start):
-    """What is done since `start` and the time left, on one line"""
-    left = timedelta(seconds=round((time.time() - start) / done * (total - done)))
-    print(f"part {done:,} of {total:,}, {left} left ", end="\r", flush=True)
 
 
 # ---- 8. Codes as images
 
 
-def show(args):
-    """Decode stored codes: ten images of each of up to ten classes, one class per row"""
-    _, _, device = setup()
-    check_output(args.out)
-    data = Codes(args.data, args.tokenizer)
-    split = data.val
-    if args.split == "train":
-        split = (data.codes, data.labels)
-    require(split, f"{args.data}: has no codes_val.npy, expected a validation split")
-    require(data.meta["tokenizer"], f"{args.data}: names no tokenizer, expected --tokenizer")
-    model = load_tokenizer(data.meta["tokenizer"], device, data.meta)
+def show(data, out, *, tokenizer: str = "", split: Literal["train", "val"] = "train"):
+    """Decode stored codes: ten images of each of up to ten classes, one class per row of a .png
 
-    _, labels = split
+    tokenizer: its file, if not the one that the data set names.
+    """
+    _, _, device = setup()
+    check_output(out)
+    stored = Codes(data, tokenizer)
+    pair = (stored.codes, stored.labels) if split == "train" else stored.val
+    require(pair, f"{data}: has no codes_val.npy, expected a validation split")
+    require(stored.meta["tokenizer"], f"{data}: names no tokenizer, expected --tokenizer")
+    model = load_tokenizer(stored.meta["tokenizer"], device, stored.meta)
+
+    labels = pair[1]
     classes = np.unique(labels)
     classes = classes[np.linspace(0, len(classes) - 1, min(10, len(classes))).astype(int)]
     rows = [np.flatnonzero(labels == label)[:10] for label in classes]
     images = []
     for row in rows:
-        codes, _ = data.read(split, row)
+        codes, _ = stored.read(pair, row)
         images.append(model.pixels(codes.to(device)))
-    save_images(args.out, images, labels[np.concatenate(rows)])
-    names = [data.meta["classes"][label] for label in classes]
-    print(f"{args.out}: row by row {', '.join(names)}")
+    save_images(out, images, labels[np.concatenate(rows)])
+    print(f"{out}: row by row {', '.join(stored.meta['classes'][label] for label in classes)}")
     return 0
 
 
-def reconstruct(args):
+def reconstruct(images, out, *, tokenizer: str, image_size: int = 256, margin: int = 0):
     """Images to codes and back, and the PSNR of the reconstructions
 
     OUT is a .png, rows of images with their reconstructions below, or an .npz of all
-    reconstructions. Their FID is a bound for every model on these codes.
+    reconstructions. Their FID is a bound for every model on these codes. margin: pixels per side
+    that the PSNR leaves out.
     """
     _, _, device = setup()
-    is_npz = args.out.endswith(".npz")
-    require(is_npz or args.out.endswith(".png"), f"{args.out}: expected a .png or an .npz")
-    check_output(args.out)
-    model = load_tokenizer(args.tokenizer, device)
-    check_image_size(args.image_size, model)
-    edge = args.image_size - 2 * args.margin
-    require(0 < edge <= args.image_size,
-            f"--margin is {args.margin}, expected 0 to less than half of --image_size")
-    inside = slice(args.margin, args.margin + edge)
-    data = Images(args.images, [args.image_size])
-    chunks = np.split(np.arange(len(data)), range(16, len(data), 16))
+    is_npz = out.endswith(".npz")
+    require(is_npz or out.endswith(".png"), f"{out}: expected a .png or an .npz")
+    check_output(out)
+    model = load_tokenizer(tokenizer, device)
+    check_image_size(image_size, model)
+    edge = image_size - 2 * margin
+    require(0 < edge <= image_size,
+            f"--margin is {margin}, expected 0 to less than half of --image_size")
+    inside = slice(margin, margin + edge)
+    source = Images(images, [image_size])
+    n = len(source.items)
     rows = []  # of the picture
     errors = []
 
     def reconstructions():
-        for labels, (images,) in data.read(chunks):
-            require(labels.min() >= 0, f"{args.images}: expected readable images only")
-            again = to_uint8(model.decode(model.encode(from_uint8(images).to(device))))
-            difference = images.astype(float) - again
+        for (before,) in source.read(np.split(np.arange(n), range(16, n, 16))):
+            require(source.labels.min() >= 0, f"{images}: expected readable images only")
+            after = to_uint8(model.decode(model.encode(from_uint8(before).to(device))))
+            difference = before.astype(float) - after
             errors.append(np.square(difference[:, inside, inside]).sum())
-            if not rows or (len(rows) < 6 and len(images) >= 10):
-                rows.extend([images[:10], again[:10]])
-            yield again
+            if not rows or (len(rows) < 6 and len(before) >= 10):
+                rows.extend([before[:10], after[:10]])
+            yield after
 
     if is_npz:
-        save_images(args.out, reconstructions(), data.labels)
+        save_images(out, reconstructions(), source.labels)
     else:
         for _ in reconstructions():
             pass  # it collects rows and errors
-        save_images(args.out, rows, np.arange(len(rows)).repeat(len(rows[0])))
+        save_images(out, rows, np.arange(len(rows)).repeat(len(rows[0])))
     psnr = math.inf
     if sum(errors) > 0:
-        psnr = 10 * np.log10(255**2 * len(data) * 3 * edge**2 / sum(errors))
-    print(f"{args.out}: PSNR {psnr:.2f} dB, {len(data):,} images")
+        psnr = 10 * np.log10(255**2 * n * 3 * edge**2 / sum(errors))
+    print(f"{out}: PSNR {psnr:.2f} dB, {n:,} images")
     return 0
 
 
@@ -973,7 +918,7 @@ def reconstruct(args):
 
 
 def setup():
-    """-> this process's rank, the number of ranks, and its device; torchrun sets the environment
+    """-> rank, world_size and device of this process, as torchrun's environment has them
 
     Raises BadInput if there are more processes than GPUs.
     """
@@ -990,20 +935,12 @@ def setup():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-        # As LlamaGen's scripts do: an A100 encodes ImageNet in hours instead of a day.
+        # As in LlamaGen's scripts: an A100 encodes ImageNet in hours instead of a day.
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group(backend, timeout=timedelta(hours=1))
     return rank, world_size, device
-
-
-def from_rank_0(value):
-    """The value that rank 0 has, on every rank"""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values, device=torch.device("cpu"))
-    return values[0]
 
 
 def run_program(main, program):
@@ -1015,7 +952,6 @@ def run_program(main, program):
         code = main()
         if dist.is_initialized():
             dist.destroy_process_group()
-        sys.exit(code)
     except (BadInput, OSError) as error:
         complain(error, program)
         code = 2
@@ -1039,109 +975,64 @@ def complain(error, program="tokenizer.py"):
 class Parser(argparse.ArgumentParser):
     """Raises BadInput, where argparse prints the usage and exits"""
 
+    def __init__(self, *names, **options):
+        style = argparse.RawDescriptionHelpFormatter
+        super().__init__(*names, **options, allow_abbrev=False, formatter_class=style)
+
+    def add_flag(self, name, kind, **options):
+        """kind: int, float, str, tuple (of integers), or a Literal of its choices"""
+        choices = get_args(kind)
+        if choices:
+            self.add_argument(f"--{name}", choices=choices, **options)
+        else:
+            self.add_argument(f"--{name}", type=integers if kind is tuple else kind, **options)
+
     def error(self, message):
         raise BadInput(message)
 
 
 def integers(text):
-    try:
-        return tuple(int(x) for x in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected whole numbers like 4,2,1") from None
+    return tuple(int(x) for x in text.split(","))
 
 
 def parse_flags(program, text, config, argv):
     """Command line -> dict of the given flags; each field of the dataclass `config` is one
 
-    A Literal lists its choices, a tuple is integers like 4,2,1, and numbers are at least 0 and
-    below 2^31. --help prints the text. Raises BadInput.
+    Numbers are at least 0 and below 2^31. --help prints the text. Raises BadInput.
     """
-    parser = Parser(program, "%(prog)s [--FLAG VALUE ...]", text, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(program, "%(prog)s [--FLAG VALUE ...]", text)
     for field in fields(config):
-        kind = field.type
-        choices = get_args(kind)  # of a Literal
-        if choices:
-            kind = str
-        if kind is tuple:
-            kind = integers
-        parser.add_argument(f"--{field.name}", type=kind, choices=choices if choices else None,
-                            default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        parser.add_flag(field.name, field.type, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        numbers = value if isinstance(value, tuple) else [value]
-        for number in numbers:
-            if not isinstance(number, str):  # NaN is in no range
-                require(0 <= number < 2**31,
-                        f"--{name} is {number}, expected at least 0 and below 2^31")
+        if not isinstance(value, str):  # NaN is in no range
+            require(0 <= np.min(value) and np.max(value) < 2**31,
+                    f"--{name} is {value}, expected at least 0 and below 2^31")
     return given
-
-
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}, expected 1 or more")
-    return int(text)
-
-
-def scales(text):
-    return [float(x) for x in text.split(",")]
-
-
-def parse(argv):
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND",
-                                     help="COMMAND --help lists its flags")
-
-    def command(run, source, out):
-        """-> the method that adds a flag"""
-        added = commands.add_parser(run.__name__, help=run.__doc__.splitlines()[0],
-                                    description=run.__doc__, allow_abbrev=False,
-                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        added.set_defaults(run=run)
-        added.add_argument(source, help=f"as {source.upper()} in tokenizer.py --help")
-        added.add_argument("out", help=f"{out} to write")
-        return added.add_argument
-
-    flag = command(train, "images", "file")
-    flag("--image_size", type=positive, default=256, help="pixels per side")
-    flag("--steps", type=positive, default=12000, help="steps")
-    flag("--batch", type=positive, default=16, help="images per step")
-    flag("--lr", type=float, default=1e-3, help="learning rate")
-    flag("--seed", type=int, default=0, help="of weights and batches")
-    flag("--codebook_size", type=positive, default=256, help="codes, at most 65536")
-    flag("--ch", type=positive, default=32, help="channels, a multiple of 32")
-    flag("--ch_mult", type=integers, default="1,1,2", help="channels of each level, times ch")
-    flag("--z_channels", type=positive, default=32, help="channels before the codebook")
-
-    flag = command(encode, "images", "folder")
-    flag("--tokenizer", required=True, default=argparse.SUPPRESS, help="its file")
-    flag("--image_size", type=positive, default=256, help="pixels per side")
-    flag("--split", choices=["train", "val"], default="train",
-         help="part of the data set, to train on or to validate with")
-    flag("--views", choices=["center", "one", "ten_crop"], default="center",
-         help="center: crop and its mirror image; one: crop only; val: center or one")
-    flag("--scales", type=scales, default="1.1", help="sizes that ten_crop cuts from, in multiples "
-         "of image_size; 1.1,1.05 makes 20 views")
-
-    flag = command(show, "data", ".png")
-    flag("--tokenizer", help="its file, if not the one that the data set names")
-    flag("--split", choices=["train", "val"], default="train",
-         help="part of the data set, to train on or to validate with")
-
-    flag = command(reconstruct, "images", ".png or .npz")
-    flag("--tokenizer", required=True, default=argparse.SUPPRESS, help="its file")
-    flag("--image_size", type=positive, default=256, help="pixels per side")
-    flag("--margin", type=int, default=0, help="pixels per side that the PSNR leaves out")
-    return parser.parse_args(argv)
 
 
 def main(argv=None):
     """-> exit code. Raises BadInput."""
-    args = parse(argv)
-    require(args.run is encode or int(os.environ.get("WORLD_SIZE") or 1) == 1,
-            f"{args.run.__name__} runs in one process, torchrun started several")
-    return args.run(args)
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND",
+                                     help="COMMAND --help lists its flags")
+    for run in (train, encode, show, reconstruct):
+        text = inspect.getdoc(run)
+        command = commands.add_parser(run.__name__, help=text.splitlines()[0], description=text)
+        command.set_defaults(run=run)
+        for name, parameter in inspect.signature(run).parameters.items():
+            default = parameter.default
+            if parameter.kind is not parameter.KEYWORD_ONLY:
+                command.add_argument(name)
+            elif default is parameter.empty:
+                command.add_flag(name, parameter.annotation, required=True)
+            else:
+                command.add_flag(name, parameter.annotation, default=default, help=f"or {default}")
+    arguments = vars(parser.parse_args(argv))
+    run = arguments.pop("run")
+    require(run is encode or int(os.environ.get("WORLD_SIZE") or 1) == 1,
+            f"{run.__name__} runs in one process, torchrun started several")
+    return run(**arguments)
 
 
 if __name__ == "__main__":
