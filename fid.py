@@ -16,7 +16,7 @@ The protocol (openai/guided-diffusion, evaluations/evaluator.py):
     P, R   precision and recall, k = 3, arr_0 of REFERENCE against all samples, in float32: ADM's
            float16 distances move P by about 0.001 and R by about 0.002
 All depend on n, the number of samples. `real_against_real` is the distance that n real images of
-arr_0 get, over ten draws: samples cannot be expected to get a smaller one.
+arr_0 get, over up to ten draws: do not expect samples to do better.
 Only Inception's 2048 features make an FID; those of another network make an FD(its name).
 
 Not yet run with the published weights. ADM's README has FID 3.94, sFID 6.14, IS 215.84, P 0.8265,
@@ -35,7 +35,6 @@ from itertools import islice
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from einops import rearrange
 from numpy.lib.npyio import NpzFile
 from PIL import Image
@@ -253,7 +252,7 @@ class Moments:
         self.sums = torch.zeros(1 + d, 1 + d, dtype=torch.float64, device=device)
 
     def update(self, x):
-        one_x = F.pad(x.double(), (1, 0), value=1.0)              # (b, 1 + d)
+        one_x = nn.functional.pad(x.double(), (1, 0), value=1.0)  # (b, 1 + d)
         self.sums += one_x.T @ one_x
 
     def statistics(self):
@@ -315,7 +314,7 @@ def list_files(top):
     files = []
     for folder, subfolders, names in os.walk(top, followlinks=True, onerror=refuse):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in subfolders:  # those at the top may be links; further down are circles possible
+        for name in subfolders:  # links are fine at the top; deeper ones could go in circles
             path = os.path.join(folder, name)
             require(folder == top or not os.path.islink(path), f"{path}: a link to a folder")
         files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
@@ -323,9 +322,8 @@ def list_files(top):
 
 
 def read_images(path):
-    """Yield the images of a folder, or those in arr_0 of an .npz, uint8 (H, W, 3)
-
-    One by one as they are read, since 50,000 of 256 x 256 pixels take 9.8 GB."""
+    """Yield the images of a folder, or arr_0 of an .npz, uint8 (H, W, 3), one at a time: 50,000 of
+    256 x 256 pixels take 9.8 GB"""
     if os.path.isdir(path):
         files = list_files(path)
         for file in files:
@@ -338,14 +336,16 @@ def read_images(path):
                 yield np.array(image.convert("RGB"))
         return
 
-    expected = "uint8 (n, H, W, 3) in arr_0, and in arr_1 no more than labels"
+    expected = "uint8 (n, H, W, 3) in arr_0, and labels (n,) in arr_1 or labels, if any"
     with naming(path, expected), NpzFile(path) as arrays, arrays.zip.open("arr_0.npy") as file:
         np.lib.format.read_magic(file)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         require(dtype == np.uint8 and shape[3:] == (3,), f"arr_0 is {dtype} {shape}")
         require(not fortran, "arr_0 is in Fortran order")
-        if "arr_1" in arrays:  # ADM's labels, or the next images of np.savez(path, *batches)
-            require(arrays["arr_1"].shape == shape[:1], f"arr_1 is {arrays['arr_1'].shape}")
+        # ADM's sampler saves labels as arr_1, where np.savez(path, *batches) puts more images.
+        for name in "arr_1", "labels":
+            if name in arrays:
+                require(arrays[name].shape == shape[:1], f"{name} is {arrays[name].shape}")
         for _ in range(shape[0]):
             data = file.read(math.prod(shape[1:]))
             yield np.frombuffer(data, np.uint8).reshape(shape[1:])
@@ -365,9 +365,8 @@ def read_statistics(path, net):
                 cov = arrays["sigma" + suffix].astype(float)
                 require(cov.shape == (d, d), f"sigma{suffix} is {cov.shape}, not of {d} features")
                 statistics.append((mu, cov))
-        has_images = "arr_0" in arrays
-        require(statistics or has_images, f"it has {list(arrays)}")
-    return statistics, has_images
+        require(statistics or "arr_0" in arrays, f"it has {list(arrays)}")
+        return statistics, "arr_0" in arrays
 
 
 # ---- 5. From images to scores --------------------------------------------------------------------
@@ -444,12 +443,11 @@ def evaluate(net, samples, reference):
     if isinstance(net, Inception):
         report["IS"] = inception_score(net.logits(features))
     elif os.path.isfile(samples):
-        with naming(samples, f"labels ({n},)"), NpzFile(samples) as arrays:
+        with NpzFile(samples) as arrays:
             labels = arrays.get("labels", arrays.get("arr_1"))
-            if labels is not None:
-                require(labels.shape == (n,), f"labels {labels.shape}")
-                predicted = net.logits(features).argmax(1).cpu().numpy()
-                report["class_accuracy"] = float(np.mean(predicted == labels))
+        if labels is not None:
+            predicted = net.logits(features).argmax(1).cpu().numpy()
+            report["class_accuracy"] = float(np.mean(predicted == labels))
     return report
 
 

@@ -56,13 +56,6 @@ def inception():
     return net
 
 
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "random.pth"
-    torch.save(random_inception(), path)
-    return str(path)
-
-
 def random_images(n, seed=0, size=32):
     """Blotches, so that features differ from image to image"""
     coarse = random(seed).integers(0, 256, (n, 4, 4, 3), dtype=np.uint8)
@@ -84,19 +77,15 @@ def save_folder(folder, images):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A folder: the features.pt of an untrained network, samples.npz and real.npz, random images"""
+    """A folder: samples.npz and real.npz, random images, and the features.pt of a random network"""
     folder = tmp_path_factory.mktemp("small")
     torch.manual_seed(0)
     net = fid.Classifier("données", 3)
     torch.save({"model": net.state_dict(), "name": "données"}, folder / "features.pt")
+    torch.save(random_inception(), folder / "inception.pth")
     save_npz(folder / "samples.npz", random_images(70), labels=np.arange(70) % 3)
     save_npz(folder / "real.npz", random_images(120, seed=2))
     return folder
-
-
-@pytest.fixture
-def net(small):
-    return fid.load_network(str(small / "features.pt"))
 
 
 def gaussian(n, d, seed):
@@ -104,8 +93,7 @@ def gaussian(n, d, seed):
     rng = random(seed)
     x = rng.standard_normal((n, d))
     mixing = rng.standard_normal((d, d))
-    shift = rng.standard_normal(d)
-    return x @ mixing + shift
+    return x @ mixing + rng.standard_normal(d)
 
 
 def statistics(x):
@@ -114,39 +102,27 @@ def statistics(x):
 
 def frechet_of_features(x, y):
     """Without covariances: the root's trace is the nuclear norm of the product of the features"""
-    mean_x = x.mean(0)
-    mean_y = y.mean(0)
-    a = (x - mean_x) / (len(x) - 1) ** 0.5
-    b = (y - mean_y) / (len(y) - 1) ** 0.5
-    shift = np.sum((mean_x - mean_y) ** 2)
+    a = (x - x.mean(0)) / (len(x) - 1) ** 0.5
+    b = (y - y.mean(0)) / (len(y) - 1) ** 0.5
+    shift = np.sum((x.mean(0) - y.mean(0)) ** 2)
     traces = np.sum(a**2) + np.sum(b**2)
     return shift + traces - 2 * np.linalg.norm(a @ b.T, "nuc")
 
 
-def run(*arguments):
-    fid.main([str(argument) for argument in arguments])
-
-
 def reported(capsys, *arguments):
-    """-> the report on stdout, and what is on stderr"""
-    run(*arguments, "--json")
+    """-> the report on stdout, what is on stderr"""
+    fid.main([str(argument) for argument in arguments] + ["--json"])
     out, err = capsys.readouterr()
     return json.loads(out), err
 
 
 # ---- 1. Inception --------------------------------------------------------------------------------
 
-def test_published_names_load_strictly_with_and_without_batch_counts():
-    state = random_inception()
-    assert not any("num_batches_tracked" in name for name in state)
-    assert inception().load_state_dict(inception().state_dict(), strict=True)
-    assert sum(weight.numel() for weight in inception().parameters()) == 23_850_960
-
-
 @torch.no_grad()
-def test_inception_gives_the_numbers_of_torch_fidelity(inception_file):
+def test_inception_gives_the_numbers_of_torch_fidelity(small):
     golden = np.load(INCEPTION)
-    for net in inception(), fid.load_network(inception_file):  # the second is folded
+    assert sum(weight.numel() for weight in inception().parameters()) == 23_850_960
+    for net in inception(), fid.load_network(str(small / "inception.pth")):  # the second is folded
         pooled, spatial = net(torch.from_numpy(golden["images"]))
         ours = {"features": pooled, "spatial": spatial, "logits": net.logits(pooled)}
         for name, values in ours.items():
@@ -175,9 +151,8 @@ def test_frechet_distance_of_commuting_covariances_matches_closed_form():
     a[:5] = 0
     b[3:9] = 0
     turn = np.linalg.qr(random(1).standard_normal((50, 50)))[0]
-    mu1 = np.zeros(50)
-    mu2 = np.ones(50)
-    distance = fid.frechet_distance(mu1, turn * a @ turn.T, mu2, turn * b @ turn.T)
+    distance = fid.frechet_distance(np.zeros(50), turn * a @ turn.T,
+                                    np.ones(50), turn * b @ turn.T)
     expected = 50 + np.sum((a**0.5 - b**0.5) ** 2)
     assert distance == pytest.approx(expected, rel=1e-6)
 
@@ -229,11 +204,8 @@ def test_precision_and_recall_match_brute_force():
     def share(x, y):
         between = np.sqrt(((y[:, None] - y) ** 2).sum(2))
         radius = np.sort(between, axis=1)[:, 3]  # at 0 is the point itself
-        covered = []
-        for point in x:
-            distance = np.sqrt(((point - y) ** 2).sum(1))
-            covered.append((distance <= radius).any())
-        return np.mean(covered)
+        distances = np.sqrt(((x[:, None] - y) ** 2).sum(2))
+        return np.mean((distances <= radius).any(1))
 
     ours = fid.precision_recall(torch.from_numpy(real), torch.from_numpy(fake))
     assert ours == (share(fake, real), share(real, fake))
@@ -293,7 +265,7 @@ def test_class_folder_may_be_a_link_but_not_a_folder_below(tmp_path):
 def test_saved_statistics_score_like_their_images(small, tmp_path, capsys):
     saved = tmp_path / "saved.npz"
     weights = ["--weights", small / "features.pt"]
-    run(small / "real.npz", saved, "--save", *weights)
+    fid.main([str(word) for word in [small / "real.npz", saved, "--save"] + weights])
     from_images, _ = reported(capsys, small / "samples.npz", small / "real.npz")
     from_statistics, _ = reported(capsys, small / "samples.npz", saved, *weights)
     assert from_statistics[FD] == from_images[FD]
@@ -303,11 +275,12 @@ def test_saved_statistics_score_like_their_images(small, tmp_path, capsys):
 
 
 @torch.no_grad()
-def test_inception_reports_the_whole_protocol(inception_file, tmp_path, capsys):
+def test_inception_reports_the_whole_protocol(small, tmp_path, capsys):
     golden = np.load(INCEPTION)
     real = random_images(5, seed=1)
-    report, err = reported(capsys, save_npz(tmp_path / "fake.npz", golden["images"]),
-                           save_npz(tmp_path / "real.npz", real), "--weights", inception_file)
+    samples = save_npz(tmp_path / "samples.npz", golden["images"])
+    reference = save_npz(tmp_path / "real.npz", real)
+    report, err = reported(capsys, samples, reference, "--weights", small / "inception.pth")
     pooled, spatial = inception()(torch.from_numpy(real))
     for name, fake, x in ("FID", "features", pooled), ("sFID", "spatial", spatial):
         distance = frechet_of_features(golden[fake].astype(float), x.double().numpy())
@@ -320,7 +293,8 @@ def test_inception_reports_the_whole_protocol(inception_file, tmp_path, capsys):
     assert "warning" in err  # these are not the published weights
 
 
-def test_real_against_real_is_what_draws_of_real_images_score(net, tmp_path):
+def test_real_against_real_is_what_draws_of_real_images_score(small, tmp_path):
+    net = fid.load_network(str(small / "features.pt"))
     kept = random_images(120, seed=2)
     reference = str(tmp_path / "reference.npz")
     everything = save_npz(tmp_path / "all.npz", random_images(300))
@@ -334,7 +308,8 @@ def test_real_against_real_is_what_draws_of_real_images_score(net, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["labels", "arr_1"])  # arr_1 in what ADM's sampler saves
-def test_class_accuracy_is_the_share_of_labels_that_the_network_finds(net, small, tmp_path, name):
+def test_class_accuracy_is_the_share_of_labels_that_the_network_finds(small, tmp_path, name):
+    net = fid.load_network(str(small / "features.pt"))
     images = random_images(70)
     with torch.no_grad():
         labels = net.logits(net(torch.from_numpy(images))[0]).argmax(1).numpy()
@@ -343,14 +318,9 @@ def test_class_accuracy_is_the_share_of_labels_that_the_network_finds(net, small
     assert fid.evaluate(net, samples, str(small / "real.npz"))["class_accuracy"] == 0.9
 
 
-def test_rank_left_over_in_the_environment_is_ignored(small, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    report, _ = reported(capsys, small / "samples.npz", small / "real.npz")
-    assert report["n"] == 70
-
-
-def test_table_is_printed_where_the_terminal_lacks_a_letter(small):
-    process = start("fid.py", small / "samples.npz", small / "real.npz", PYTHONIOENCODING="ascii")
+def test_left_over_rank_and_ascii_terminal_do_not_lose_the_scores(small):
+    process = start("fid.py", small / "samples.npz", small / "real.npz",
+                    RANK="1", PYTHONIOENCODING="ascii")
     out, err = process.communicate(timeout=60)
     assert r"FD(donn\xe9es)" in out
     assert process.returncode == 0, err
@@ -366,27 +336,15 @@ def test_small_classifier_learns_and_leaves_a_reference(tmp_path, monkeypatch):
     features.main([path, path, str(tmp_path)])
     net = fid.load_network(str(tmp_path / "features.pt"))
     assert fid.evaluate(net, path, str(tmp_path / "reference.npz"))["class_accuracy"] > 0.9
-    again = train(images, labels, "again")["model"]
-    for name, weight in torch.load(tmp_path / "features.pt", weights_only=True)["model"].items():
-        assert torch.equal(weight, again[name])
     refuses(features.main, [path, path, tmp_path], "features.pt", "exists")
 
 
 # ---- 6. Bad input --------------------------------------------------------------------------------
 
-def test_program_answers_bad_input_with_one_line_and_exit_code_2(tmp_path):
-    process = start("fid.py", tmp_path / "none.npz", tmp_path / "real.npz", "--weights", "none.pt")
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert out == ""
-    assert err.startswith("fid.py: none.pt: ")
-    assert err.count("\n") == 1
-
-
-def test_unknown_flags_and_missing_weights_are_named(small, tmp_path, monkeypatch):
-    refuses(fid.main, ["a", "b", "--jsn"], "--jsn")
+def test_unknown_flag_and_missing_weights_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refuses(fid.main, [small / "samples.npz", "reference.npz"], fid.WEIGHTS, "https://")
+    refuses(fid.main, ["a", "b", "--jsn"], "--jsn")
+    refuses(fid.main, ["samples.npz", "reference.npz"], fid.WEIGHTS, "https://")
 
 
 def test_weights_with_code_are_refused_and_the_code_never_runs(small, tmp_path):
@@ -396,29 +354,24 @@ def test_weights_with_code_are_refused_and_the_code_never_runs(small, tmp_path):
 
 
 @pytest.mark.parametrize("kind, why", [
-    ("text", "Unsupported operand"),
-    ("cut", "central directory"),
+    ("text", "bad.pt: Unsupported operand"),
+    ("cut", "bad.pt: PytorchStreamReader failed reading zip archive"),
+    ("torchvision", "shape torch.Size([1000, 2048]) from checkpoint"),
     ("NaN", "not finite"),
-    ("torchvision", "1008"),
-    ("another", "logits.bias"),
 ])
-def test_unusable_weights_are_named_with_the_reason(small, tmp_path, kind, why):
+def test_unusable_weights_are_refused_with_the_reason(small, tmp_path, kind, why):
     path = tmp_path / "bad.pt"
     saved = torch.load(small / "features.pt", weights_only=True)
-    if kind == "NaN":
-        saved["model"]["body.4.1.weight"].fill_(np.nan)
-    elif kind == "torchvision":
+    saved["model"]["body.4.1.weight"].fill_(np.nan)
+    if kind == "torchvision":
         saved = dict(random_inception())
         saved["fc.weight"] = torch.zeros(1000, 2048)
-    elif kind == "another":
-        saved = {"model": {"output.weight": torch.zeros(5)}}
     torch.save(saved, path)
     if kind == "text":
         path.write_bytes(b"no weights")
     elif kind == "cut":
         path.write_bytes(path.read_bytes()[:200_000])
-    where = "samples.npz" if kind == "NaN" else "bad.pt"
-    refuses(fid.main, [small / "samples.npz", small / "real.npz", "--weights", path], where, why)
+    refuses(fid.main, [small / "samples.npz", small / "real.npz", "--weights", path], why)
 
 
 @pytest.mark.parametrize("arrays, why", [
@@ -426,11 +379,11 @@ def test_unusable_weights_are_named_with_the_reason(small, tmp_path, kind, why):
     ({"mu": np.zeros(5), "sigma": np.eye(5)}, "(5, 5)"),
     ({"mu": np.full(96, None), "sigma": np.eye(96)}, "pickle"),
     ({"images": random_images(9)}, "arr_0"),
-    ({"arr_0": random_images(9) / 1.0}, "float64"),
-    ({"arr_0": random_images(9)[..., 0]}, "(9, 32, 32)"),
+    ({"arr_0": random_images(9)[..., 0] / 1.0}, "float64 (9, 32, 32)"),
     ({"arr_0": np.asfortranarray(random_images(9))}, "Fortran"),
     ({"arr_0": random_images(3)}, "3 images"),
     ({"arr_0": random_images(9), "arr_1": random_images(9)}, "arr_1 is (9, 32, 32, 3)"),
+    ({"arr_0": random_images(9), "labels": np.zeros(8, int)}, "labels is (8,)"),
     ({"arr_0": random_images(9, size=64)}, "(64, 64) pixels"),
 ])
 def test_unusable_npz_is_named(small, tmp_path, arrays, why):
@@ -440,11 +393,12 @@ def test_unusable_npz_is_named(small, tmp_path, arrays, why):
 
 
 def test_damaged_npz_is_named(small, tmp_path):
+    path = tmp_path / "bad.npz"
     whole = (small / "samples.npz").read_bytes()
     flipped = whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:]
     for contents in b"not an archive", whole[:5000], whole[:1000] + whole[3000:], flipped:
-        (tmp_path / "bad.npz").write_bytes(contents)
-        refuses(fid.main, [tmp_path / "bad.npz", small / "real.npz"], "bad.npz")
+        path.write_bytes(contents)
+        refuses(fid.main, [path, small / "real.npz"], path)
 
 
 @pytest.mark.parametrize("image, words", [
@@ -465,11 +419,11 @@ def test_unusable_image_is_named(small, tmp_path, image, words):
 def test_output_that_cannot_be_written_is_found_before_the_work(small, tmp_path):
     old = tmp_path / "old.npz"
     old.write_bytes(b"no images to work on")
-    weights = ["--weights", small / "features.pt", "--save"]
+    flags = ["--weights", small / "features.pt", "--save"]
     for name, why in ("old.npz", "exists"), ("", "exists"), ("none/a.npz", "No such file"):
-        refuses(fid.main, [old, tmp_path / name, *weights], tmp_path / name, why)
+        refuses(fid.main, [old, tmp_path / name] + flags, tmp_path / name, why)
+    refuses(fid.main, [old, tmp_path / "new.npz"] + flags, old)  # this one could be written
     assert old.read_bytes() == b"no images to work on"
-    refuses(fid.main, [old, tmp_path / "new.npz", *weights], "old.npz")
     assert os.listdir(tmp_path) == ["old.npz"]
 
 
@@ -484,11 +438,13 @@ def test_full_disk_or_kill_while_saving_does_not_block_the_next_try(small, tmp_p
             "fid.np.savez_compressed = write_some\n"
             "fid.main()\n")
     killed = start("-c", code, *command)
-    _, err = full.communicate(timeout=60)
+    out, err = full.communicate(timeout=60)
     assert full.returncode == 2
+    assert out == ""
     assert err.startswith(f"fid.py: {saved}: ")
+    assert err.count("\n") == 1
     killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
     assert not saved.exists()
-    run(*command)
+    fid.main([str(word) for word in command])
     assert saved.exists()
