@@ -33,7 +33,7 @@ import npp  # noqa: E402
 from tokenizer import Codes, Parser, integers, require, run_program  # noqa: E402
 
 RESULTS = ROOT / "notebooks" / "evidence.jsonl"
-OUT = ROOT / "out" / "evidence"  # checkpoints
+OUT = ROOT / "out" / "evidence"
 VERSION = 2              # of the scores; those of version 1 are of 10,000 samples at guidance 3
 SAMPLES = 5000
 SWEEP = (1.5, 2.0, 3.0)  # guidance scales; FEW samples of other noise choose the best
@@ -72,7 +72,7 @@ REMOVED = {  # run at commit 509a3bf, with code of their own; their lines are st
 
 
 def read_lines():
-    """The oldest lines lack what did not vary then"""
+    """-> a dict for each run. The oldest lines lack what did not vary then."""
     oldest = {"data": "data/fashion", "images": 60_000, "dropout": 0.0, "lr": 0.008, "version": 1}
     with open(RESULTS) as file:
         return [oldest | json.loads(text) for text in file]
@@ -109,7 +109,7 @@ def score(folder, data, seed):
 
 
 def run_one(run, seed, args):
-    """Train, sample and score, and add the line, if it is not there"""
+    """Train, sample, score and add a line to the results, unless it is there"""
     steps = args.steps
     if run.endswith("equal_cost"):
         ratio = multiply_adds(args.size, args.data, (2, 1)) / multiply_adds(args.size, args.data)
@@ -142,7 +142,7 @@ def run_one(run, seed, args):
         file.write(json.dumps(line) + "\n")
 
 
-COMMON = ("data", "images", "size", "dropout", "grid_steps", "batch", "version")  # to be comparable
+GROUP = ("data", "images", "size", "dropout", "grid_steps", "batch", "version")  # comparable runs
 DIGITS = {"loss": 3, "lowest loss": 3, "FD": 2, "class accuracy, %": 1, "precision": 2, "recall": 2}
 
 
@@ -197,7 +197,7 @@ def print_contrasts(title, arms, contrasts):
 
 
 def print_group(lines, minus):
-    """Runs on the same data for as many steps, scored alike"""
+    """lines: comparable runs. minus: the arm that is subtracted from all others"""
     usual = npp.parse(["--model", lines[0]["size"]]).lr
     next_token = multiply_adds(lines[0]["size"], lines[0]["data"])
     arms = {}
@@ -229,7 +229,7 @@ def print_group(lines, minus):
 def report(minus):
     groups = {}
     for line in read_lines():
-        title = ", ".join(f"{name} {line[name]}" for name in COMMON)
+        title = ", ".join(f"{name} {line[name]}" for name in GROUP)
         groups.setdefault(title, []).append(line)
     for title in sorted(groups):
         print(f"## {title}\n")
@@ -242,7 +242,7 @@ def main(argv=None):
     flag("command", choices=("run", "report"))
     flag("--only", default=",".join(RUNS), help="runs, comma-separated")
     flag("--seeds", type=integers, default=(0, 1, 2))
-    flag("--data", default="data/fashion", help="from the project's folder")
+    flag("--data", default="data/fashion", help="folder of codes, relative to the repository")
     flag("--size", default="tiny", help="of the model")
     flag("--steps", type=int, default=1200, help="fewer in runs at equal cost")
     flag("--lr", help="for 256 images, if not npp.py's")
@@ -250,9 +250,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.command == "report":
         return report(args.minus)
+    runs = args.only.split(",")
+    require(set(runs) <= set(RUNS), f"only is {args.only}, expected some of {', '.join(RUNS)}")
     for seed in args.seeds:
-        for run in args.only.split(","):
-            require(run in RUNS, f"only is {args.only}, expected some of {', '.join(RUNS)}")
+        for run in runs:
             run_one(run, seed, args)
 
 

@@ -13,13 +13,12 @@ LINES = evidence.read_lines()
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """data/fashion with few images to validate and compare with; results and checkpoints beside"""
+    """data/fashion with few real images to compare with, a smaller model, results of its own"""
     folder = tmp_path / "small"
     shutil.copytree(FASHION, folder)
-    for name in ("codes_val.npy", "labels_val.npy"):
-        np.save(folder / name, np.load(FASHION / name)[:64])
-    reference = dict(np.load(FASHION / "reference.npz"))
-    np.savez(folder / "reference.npz", **reference | {"arr_0": reference["arr_0"][:100]})
+    full = np.load(FASHION / "reference.npz")
+    np.savez(folder / "reference.npz", arr_0=full["arr_0"][:100], mu=full["mu"],
+             sigma=full["sigma"])
     (tmp_path / "results.jsonl").touch()
     monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results.jsonl")
     monkeypatch.setattr(evidence, "OUT", tmp_path / "out")
