@@ -779,7 +779,7 @@ def test_own_images_become_codes_pictures_and_samples(own, tmp_path, capsys):
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_pictures_of_training_equal_samples(own, tmp_path, dtype):
     out = tmp_path / "run"
-    assert train(own / "data", out, steps=4, dtype=dtype) == 0
+    assert train(own / "data", out, lr=0.3, dtype=dtype) == 0
     arguments = flags(sample=out / "ckpt.pt", out=tmp_path / "again.png", dtype=dtype)
     assert npp.main(arguments) == 0
     assert (tmp_path / "again.png").read_bytes() == (out / "samples.png").read_bytes()
