@@ -380,7 +380,7 @@ def extract(net, path, batch=64):
     images = list(islice(reader, batch))
     while images:
         size = images[0].shape[:2]
-        require(net.size in (None, size), f"{path}: {size} pixels, but the network takes {net.size}")
+        require(net.size in (None, size), f"{path}: {size} pixels, the network takes {net.size}")
         outputs = net(torch.from_numpy(np.stack(images)).to(net.device))
         for moment, output in zip(moments, outputs):
             require(output.isfinite().all(), f"{path}: the network's features are not finite")
