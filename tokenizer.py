@@ -401,18 +401,15 @@ class Images:
             return [np.zeros((size, size, 3), np.uint8) for size in self.sizes]
 
     def read(self, chunks):
-        """Yield one uint8 (b, S, S, 3) per size for each chunk of indices (b,)
-
-        Threads read the next chunk meanwhile.
-        """
+        """Yield what `load` returns for each chunk of indices, while threads read the next chunk"""
         cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         pool = ThreadPoolExecutor(max(1, cores))  # a `with` would wait if the caller stops early
         ahead = []
         for chunk in chunks:
             ahead.append(pool.map(self.load, chunk))
             if len(ahead) > 1:
-                yield stack(ahead.pop(0))
-        yield from map(stack, ahead)
+                yield list(ahead.pop(0))
+        yield from map(list, ahead)
 
     def fingerprint(self):
         """Changes when an image is added, removed or replaced"""
@@ -422,10 +419,6 @@ class Images:
             facts = (path.removeprefix(self.source), status.st_size, status.st_mtime_ns)
             digest.update(repr(facts).encode())
         return digest.hexdigest()
-
-
-def stack(items):
-    return [np.stack(same_size) for same_size in zip(*items)]
 
 
 def read_folder(root):
@@ -475,8 +468,10 @@ def read_npz(path):
     require(labels.shape == images.shape[:1],
             f"{path}: labels or arr_1 are {labels.shape}, expected ({len(images)},)")
     names = arrays.get("classes", np.arange(labels.max(initial=-1) + 1)).astype(str).tolist()
-    require(labels.min(initial=0) >= 0 and labels.max(initial=-1) < len(names),
-            f"{path}: labels {labels.min()} to {labels.max()}, expected 0 to {len(names) - 1}")
+    lowest = labels.min(initial=0)
+    highest = labels.max(initial=-1)
+    require(lowest >= 0 and highest < len(names),
+            f"{path}: labels {lowest} to {highest}, expected 0 to {len(names) - 1}")
     return images, labels, names
 
 
@@ -542,7 +537,8 @@ def train(images, out, *, image_size: int = 256, steps: int = 12000, batch: int 
     check_image_size(image_size, model)
     check_output(out)
     source = Images(images, [image_size])
-    pixels = next(source.read([range(len(source.items))]))[0][source.labels >= 0]
+    items = next(source.read([range(len(source.items))]))
+    pixels = np.stack([item[0] for item in items])[source.labels >= 0]
     require(len(pixels) > 0, f"{images}: no readable image")
     embedding = model.quantize["embedding"].weight
     embedding.data.normal_()
@@ -725,10 +721,6 @@ def class_numbers(text, names, most):
 # ---- 7. Images to codes
 
 
-def floats(text):
-    return [float(x) for x in text.split(",")]
-
-
 def crops(images, size, views):
     """Images (B, 3, S, S) -> list of their views (B, 3, size, size)
 
@@ -748,7 +740,7 @@ def crops(images, size, views):
 
 def encode(images, out, *, tokenizer: str, image_size: int = 256,
            split: Literal["train", "val"] = "train",
-           views: Literal["center", "one", "ten_crop"] = "center", scales: floats = (1.1,)):
+           views: Literal["center", "one", "ten_crop"] = "center", scales: tuple = (1.1,)):
     """Write codes, labels, meta.json and a copy of the tokenizer into OUT, the data set of npp.py
 
     A split that exists is refused. Unreadable images are named and left out; then the exit code is
@@ -783,8 +775,8 @@ def encode(images, out, *, tokenizer: str, image_size: int = 256,
     chunks = np.split(np.arange(n), range(256, n, 256))
     paths = [f"{folder}/{digest}/{chunk[0]:09}.npz" for chunk in chunks]
     mine = [i for i in range(rank, len(paths), world_size) if not os.path.exists(paths[i])]
-    for i, pixels in zip(mine, source.read([chunks[i] for i in mine])):
-        codes = encode_part(pixels, model, image_size, views)
+    for i, items in zip(mine, source.read([chunks[i] for i in mine])):
+        codes = encode_part(items, model, image_size, views)
         replace_file(paths[i], partial(np.savez, codes=codes, labels=source.labels[chunks[i]]))
         if rank == 0:
             print(f"image {chunks[i][-1] + 1:,} of {n:,}", end="\r", flush=True)
@@ -820,14 +812,14 @@ def match_train_split(folder, meta):
                                          f"{key} {train[key]!s:.99} instead of {meta[key]!s:.99}")
 
 
-def encode_part(images, model, image_size, views):
-    """uint8 (b, S, S, 3) per size -> codes (b, views, h*w), uint8 where they fit, else uint16"""
+def encode_part(items, model, image_size, views):
+    """b images as from Images.load -> codes (b, views, h*w), uint8 if they fit, else uint16"""
     device = next(model.parameters()).device
     codes = []
-    for first in range(0, len(images[0]), 16):  # to fit in memory
+    for first in range(0, len(items), 16):  # to fit in memory
         batches = []
-        for same_size in images:
-            x = from_uint8(same_size[first : first + 16]).to(device)
+        for same_size in zip(*items[first : first + 16]):
+            x = from_uint8(np.stack(same_size)).to(device)              # (16, 3, S, S)
             batches += crops(x, image_size, views)
         of_views = [model.encode(batch).flatten(1) for batch in batches]
         codes.append(torch.stack(of_views, dim=1).cpu())                # (16, views, h*w)
@@ -892,8 +884,9 @@ def reconstruct(images, out, *, tokenizer: str, image_size: int = 256, margin: i
     errors = []
 
     def reconstructions():
-        for (before,) in source.read(np.split(np.arange(n), range(16, n, 16))):
+        for items in source.read(np.split(np.arange(n), range(16, n, 16))):
             require(source.labels.min() >= 0, f"{images}: expected readable images only")
+            before = np.stack([item[0] for item in items])
             after = to_uint8(model.decode(model.encode(from_uint8(before).to(device))))
             difference = before.astype(float) - after
             errors.append(np.square(difference[:, inside, inside]).sum())
@@ -980,35 +973,40 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*names, **options, allow_abbrev=False, formatter_class=style)
 
     def add_flag(self, name, kind, **options):
-        """kind: int, float, str, tuple (of integers), or a Literal of its choices"""
+        """kind: int, float, str, tuple (of numbers), or a Literal of its choices"""
         choices = get_args(kind)
         if choices:
             self.add_argument(f"--{name}", choices=choices, **options)
         else:
-            self.add_argument(f"--{name}", type=integers if kind is tuple else kind, **options)
+            self.add_argument(f"--{name}", type=numbers if kind is tuple else kind, **options)
+
+    def flags(self, argv):
+        """-> dict of the values in argv. Numbers must be at least 0 and below 2^31."""
+        values = vars(self.parse_args(argv))
+        for name, value in values.items():
+            if isinstance(value, (int, float, tuple)):  # NaN is in no range
+                require(0 <= np.min(value) and np.max(value) < 2**31,
+                        f"--{name} is {value}, expected at least 0 and below 2^31")
+        return values
 
     def error(self, message):
         raise BadInput(message)
 
 
-def integers(text):
-    return tuple(int(x) for x in text.split(","))
+def numbers(text):
+    """4,2,1 or 1.1,1.05 -> tuple"""
+    return tuple(float(x) if "." in x else int(x) for x in text.split(","))
 
 
 def parse_flags(program, text, config, argv):
     """Command line -> dict of the given flags; each field of the dataclass `config` is one
 
-    Numbers are at least 0 and below 2^31. --help prints the text. Raises BadInput.
+    --help prints the text. Raises BadInput.
     """
     parser = Parser(program, "%(prog)s [--FLAG VALUE ...]", text)
     for field in fields(config):
         parser.add_flag(field.name, field.type, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        if not isinstance(value, str):  # NaN is in no range
-            require(0 <= np.min(value) and np.max(value) < 2**31,
-                    f"--{name} is {value}, expected at least 0 and below 2^31")
-    return given
+    return parser.flags(argv)
 
 
 def main(argv=None):
@@ -1028,11 +1026,11 @@ def main(argv=None):
                 command.add_flag(name, parameter.annotation, required=True)
             else:
                 command.add_flag(name, parameter.annotation, default=default, help=f"or {default}")
-    arguments = vars(parser.parse_args(argv))
-    run = arguments.pop("run")
+    values = parser.flags(argv)
+    run = values.pop("run")
     require(run is encode or int(os.environ.get("WORLD_SIZE") or 1) == 1,
             f"{run.__name__} runs in one process, torchrun started several")
-    return run(**arguments)
+    return run(**values)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Both hold five batches to train on and one to test with. A sheet is a PNG whose 
 is one image.
 """
 
-import argparse
 import json
 import os
 import pickle
@@ -20,7 +19,7 @@ from einops import rearrange
 from PIL import Image
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-from tokenizer import BadInput, Parser, complain, replace_file, require
+from tokenizer import BadInput, Parser, replace_file, require, run_program
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
@@ -127,19 +126,14 @@ def prepare(source, out):
 
 
 def main(argv=None):
-    """-> exit code"""
-    try:
-        parser = Parser(description=__doc__, allow_abbrev=False,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("source", help="cifar-10-python.tar.gz as it is, or a folder of sheets")
-        parser.add_argument("out", help="folder of train.npz and test.npz")
-        args = parser.parse_args(argv)
-        prepare(args.source, args.out)
-        return 0
-    except BadInput as error:
-        complain(error, "prepare.py")
-        return 2
+    """-> exit code. Raises BadInput."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("source", help="cifar-10-python.tar.gz as it is, or a folder of sheets")
+    parser.add_argument("out", help="folder of train.npz and test.npz")
+    args = parser.parse_args(argv)
+    prepare(args.source, args.out)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main, "prepare.py")

@@ -8,7 +8,6 @@ Skin tones are left out: they repeat many of "People" five times. Pillow needs r
 several code points into one picture; its wheels have it.
 """
 
-import argparse
 import os
 import re
 import sys
@@ -18,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-from tokenizer import BadInput, replace_file
+from tokenizer import Parser, replace_file, require, run_program
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 FONT_SIZE = 109  # its only one
@@ -59,15 +58,11 @@ def save_folder(path, pictures, chosen):
 
 
 def prepare(out, size, every):
-    if not features.check("raqm"):
-        raise BadInput("this Pillow cannot join code points, expected one with raqm")
+    require(features.check("raqm"), "this Pillow cannot join code points, expected one with raqm")
     for path in (FONT, TABLE):
-        if not os.path.exists(path):
-            raise BadInput(f"{path}: no such file, expected that of the package named in --help")
-    if os.path.isdir(out) and os.listdir(out):
-        raise BadInput(f"{out}: not empty, expected a new folder")
-    if size < 1 or every < 1:
-        raise BadInput(f"--size is {size} and --every {every}, expected 1 or more")
+        require(os.path.exists(path), f"{path}: not found, install the package named in --help")
+    is_new = not os.path.isdir(out) or not os.listdir(out)
+    require(is_new, f"{out}: not empty, expected a new folder")
     font = ImageFont.truetype(FONT, FONT_SIZE)
     emoji = read_table(TABLE)
     classes = sorted({group for group, _, _ in emoji})
@@ -87,20 +82,15 @@ def prepare(out, size, every):
 
 
 def main(argv=None):
-    """-> exit code"""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """-> exit code. Raises BadInput."""
+    parser = Parser(description=__doc__)
     parser.add_argument("out", help="a new folder, or an .npz with arr_0, labels and classes")
-    parser.add_argument("--size", type=int, default=32, help="pixels a side")
-    parser.add_argument("--every", type=int, default=1, help="only each so-many-th of a group")
+    parser.add_argument("--size", type=int, default=32, help="pixels per side")
+    parser.add_argument("--every", type=int, default=1, help="keep every n-th of a group")
     args = parser.parse_args(argv)
-    try:
-        prepare(args.out, args.size, args.every)
-        return 0
-    except BadInput as error:
-        print(f"prepare.py: {error}", file=sys.stderr)
-        return 2
+    prepare(args.out, args.size, args.every)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main, "prepare.py")

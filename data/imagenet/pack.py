@@ -3,152 +3,117 @@
     python data/imagenet/pack.py LLAMAGEN_CODES DATA [--tokenizer vq_ds16_c2i.pt]
 
 LLAMAGEN_CODES holds imagenet{SIZE}_codes/{i}.npy (1, views, N) and imagenet{SIZE}_labels/{i}.npy
-(1,). A folder ..ten_crop is followed by the views of ..ten_crop_105 beside it, where there is one.
+(1,). A folder ..._ten_crop is followed by the views of ..._ten_crop_105 beside it, if there is one.
 """
 
-import argparse
 import io
 import math
-import os
 import re
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import tokenizer
-from tokenizer import BadInput
+from tokenizer import BadInput, require
 
 
 def pack(source, out, tokenizer_path):
     """Raises BadInput for the first file that is missing or wrong"""
-    source = os.path.abspath(source)
-    name = codes_folder(source)
+    tokenizer.check_new(out, "train")
+    source = Path(source).resolve()
+    folders = sorted(source.glob("*[0-9]_codes"))
+    require(len(folders) == 1, f"{source}: expected one folder like imagenet256_codes")
+    name = folders[0].name
     size = int(re.findall(r"\d+", name)[0])
     sources = [source]
-    if source.endswith("ten_crop") and os.path.isdir(f"{source}_105"):
-        sources.append(f"{source}_105")
+    second = Path(f"{source}_105")
+    if source.name.endswith("ten_crop") and second.is_dir():
+        sources.append(second)
 
-    first = f"{source}/{name}/0.npy"
-    shape = parse_array(first, read_bytes(first)).shape
+    shape = parse(*read([source / name / "0.npy"])[0]).shape
+    require(len(shape) == 3, f"{source / name / '0.npy'}: {shape}, expected (1, views, N)")
+    views = shape[1]
+    grid = math.isqrt(shape[2])
     vocab = 16384
-    grid = math.isqrt(shape[-1]) if shape else 0
     digest = None
     if tokenizer_path:
         model = tokenizer.load_tokenizer(tokenizer_path)
         digest = tokenizer.sha256(tokenizer_path)
         vocab = len(model.codebook())
         grid = size // model.factor
-    views = shape[1] if len(shape) == 3 else 1
 
+    tokenizer.check_output(f"{out}/meta.json")
+    n = len(list(folders[0].iterdir()))
     labels = []
     for folder in sources:
-        stacks = list(stacks_of(f"{folder}/{name.replace('codes', 'labels')}", (1,), 65536))
-        labels.append(np.concatenate(stacks)[:, 0])
-        if not np.array_equal(labels[-1], labels[0]):
-            raise BadInput(f"{folder}: other labels, expected those beside {source}")
+        of_labels = folder / name.replace("codes", "labels")
+        labels.append(np.concatenate(list(stacks(of_labels, n, (1,), 65536)))[:, 0])
+        require(np.array_equal(labels[-1], labels[0]), f"{of_labels}: not those of {source}")
     labels = labels[0]
-    stacks = []
-    for folder in sources:
-        stacks.append(stacks_of(f"{folder}/{name}", (1, views, grid**2), vocab, len(labels)))
 
     def codes():
-        for parts in zip(*stacks):
+        pairs = zip(*[stacks(folder / name, n, (1, views, grid**2), vocab) for folder in sources])
+        for parts in pairs:
             yield np.concatenate(parts, axis=2)[:, 0].astype(np.min_scalar_type(vocab - 1))
 
     meta = {"vocab": vocab, "grid": grid, "image_size": size,
             "classes": [str(i) for i in range(labels.max() + 1)],
-            "tokenizer": "tokenizer.pt" if digest else None, "tokenizer_sha256": digest,
-            "made_by": "data/imagenet/pack.py"}
+            "tokenizer": "tokenizer.pt" if digest else None, "tokenizer_sha256": digest}
+    tokenizer.check_classes(source, labels, meta["classes"])
     tokenizer.publish(out, "train", meta, codes(), labels, tokenizer_path)
-    print(f"{out}: {len(labels):,} images of {len(meta['classes'])} classes, "
+    print(f"{out}: {n:,} images of {len(meta['classes'])} classes, "
           f"{len(sources) * views} views of {grid} x {grid} codes")
 
 
-def codes_folder(source):
-    """The name of the one folder like imagenet256_codes"""
-    try:
-        names = sorted(os.listdir(source))
-    except OSError as error:
-        raise BadInput(f"{source}: cannot be read ({error.strerror})") from None
-    names = [name for name in names if re.fullmatch(r"[a-z]+\d+_codes", name)]
-    if len(names) != 1:
-        raise BadInput(f"{source}: {names}, expected one folder like imagenet256_codes")
-    return names[0]
+def stacks(folder, n, shape, limit):
+    """Yield the n arrays folder/{i}.npy, 1024 at a time (b, *shape)
 
-
-def stacks_of(folder, shape, limit, expected=None):
-    """Yield the arrays folder/{0, 1, ..}.npy, all of one shape, 1024 together (b, *shape)
-
-    Raises BadInput for the first that is missing, of another shape, or not in 0 .. limit - 1.
+    Raises BadInput for the first that is missing, of another shape, or not in 0 to limit - 1.
     """
-    try:
-        found = set(os.listdir(folder))
-    except OSError as error:
-        raise BadInput(f"{folder}: cannot be read ({error.strerror})") from None
-    n = expected
-    if n is None:
-        n = sum(name.removesuffix(".npy").isdigit() for name in found)
-    wanted = {f"{i}.npy" for i in range(n)}
-    if found != wanted or n == 0:
-        wrong = min(found ^ wanted, key=by_number, default="0.npy")
-        raise BadInput(f"{folder}/{wrong}: missing or too many, expected 0.npy to {n - 1}.npy")
-
-    start = time.time()
+    found = len(list(folder.glob("*")))
+    require(found == n, f"{folder}: {found} files, expected {n}")
+    paths = [folder / f"{i}.npy" for i in range(n)]
     for first in range(0, n, 1024):
-        paths = [f"{folder}/{i}.npy" for i in range(first, min(first + 1024, n))]
-        stack = []
-        with ThreadPoolExecutor(16) as pool:  # small files are waited for, 16 at once
-            for path, content in zip(paths, pool.map(read_bytes, paths)):
-                x = parse_array(path, content)
-                right = x.shape == shape and x.dtype.kind in "iu"
-                if not right or x.min() < 0 or x.max() >= limit:
-                    raise BadInput(f"{path}: {x.dtype} {x.shape}, expected integers {shape} from "
-                                   f"0 to {limit - 1}")
-                stack.append(x)
-        # No pool is open here: one that waits in a generator may be closed by the garbage
-        # collector inside a thread that is just starting, and both would wait for ever.
-        yield np.stack(stack)
-        tokenizer.show_progress(first + len(stack), n, start)
+        arrays = []
+        for path, content in read(paths[first : first + 1024]):
+            x = parse(path, content)
+            require(x.shape == shape and x.dtype.kind in "iu" and x.min() >= 0 and x.max() < limit,
+                    f"{path}: {x.dtype} {x.shape}, expected integers {shape} from 0 to {limit - 1}")
+            arrays.append(x)
+        yield np.stack(arrays)
+        print(f"{folder.name}: {first + len(arrays):,} of {n:,}", end="\r", flush=True)
 
 
-def by_number(name):
-    return len(name), name
-
-
-def read_bytes(path):
+def read(paths):
+    """-> [(path, its bytes)], 16 at once: small files on a network are mostly waited for"""
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        with ThreadPoolExecutor(16) as pool:
+            return list(zip(paths, pool.map(Path.read_bytes, paths)))
     except OSError as error:
-        raise BadInput(f"{path}: missing or damaged ({error.strerror})") from None
+        raise BadInput(f"{error.filename}: cannot be read ({error.strerror})") from None
 
 
-def parse_array(path, content):
+def parse(path, content):
     """np.load of what was read; not in the threads, where Python 3.11's parser may fail"""
     try:
         return np.load(io.BytesIO(content))
     except (OSError, ValueError, EOFError) as error:
-        raise BadInput(f"{path}: missing or damaged, expected an array ({error})") from None
+        raise BadInput(f"{path}: damaged, expected an array ({error})") from None
 
 
 def main(argv=None):
-    """-> exit code"""
-    parser = tokenizer.Parser(description=__doc__, allow_abbrev=False,
-                              formatter_class=argparse.RawDescriptionHelpFormatter)
+    """-> exit code. Raises BadInput."""
+    parser = tokenizer.Parser(description=__doc__)
     parser.add_argument("codes", help="LlamaGen's folder")
     parser.add_argument("out", help="the data set")
     parser.add_argument("--tokenizer", help="the tokenizer that made the codes, if it is at hand")
-    try:
-        args = parser.parse_args(argv)
-        pack(args.codes, args.out, args.tokenizer)
-        return 0
-    except BadInput as error:
-        tokenizer.complain(error, "pack.py")
-        return 2
+    args = parser.parse_args(argv)
+    pack(args.codes, args.out, args.tokenizer)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tokenizer.run_program(main, "pack.py")

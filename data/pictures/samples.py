@@ -24,7 +24,8 @@ GAP = 26       # between the grids
 
 
 def main(run, path):
-    names = tokenizer.load_file(os.path.join(run, "ckpt.pt"))["classes"]
+    with tokenizer.reading(os.path.join(run, "ckpt.pt"), "a checkpoint of npp.py") as saved:
+        names = saved["classes"]
     grids = [Image.open(os.path.join(run, file)) for file in TITLES]
     width, height = grids[0].size
     font = ImageFont.load_default(24)
