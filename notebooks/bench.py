@@ -94,12 +94,17 @@ class Bench:
     rounds: int = 5              # how often each call is timed
     compile: Literal["auto", "true", "false"] = "auto"      # beside eager; auto: on a recent GPU
     peer: str = ""               # checkout of the official code
-    vocab: int = 16384           # codes in the vocabulary
-    grid: int = 16               # codes per side of an image, a multiple of 4
+    vocab: int = 0               # codes in the vocabulary; 0: 256 for tiny, else 16384
+    grid: int = 0                # codes per side, a multiple of 4; 0: 8 for tiny, else 16
 
 
 def measure(args):
     """Print the table of this machine"""
+    tiny = args.size == "tiny"
+    if args.vocab == 0:
+        args.vocab = 256 if tiny else 16384
+    if args.grid == 0:
+        args.grid = 8 if tiny else 16
     _, _, device = setup()
     # npp.py decides on compile and dtype. The official dropout is 0.1 at every size.
     cfg = npp.parse(["--model", args.size, "--compile", args.compile, "--dropout", "0.1"])
