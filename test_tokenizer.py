@@ -111,17 +111,6 @@ def test_full_disk_keeps_old_file(tmp_path, small):
     assert len(contents(tmp_path / "data")) == 4
 
 
-def test_interrupted_write_keeps_old_file(tmp_path):
-    def write(file):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    (tmp_path / "x.pt").write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt):
-        tokenizer.replace_file(tmp_path / "x.pt", write)
-    assert contents(tmp_path) == {"x.pt": b"old"}
-
-
 def test_parts_left_by_killed_processes_are_removed_after_an_hour(tmp_path):
     for name in ("x.pt.1.part", "x.pt.2.part", "y.pt.1.part"):
         (tmp_path / name).write_bytes(b"half")
@@ -225,16 +214,6 @@ def test_embedded_images_survive_their_codes(folder, margin, floor):
     assert (again == codes).float().mean() > 0.999  # rounding may differ between machines
     assert psnr(images, model.pixels(codes), margin) > floor
     assert model.pixels(codes[:3], 24).shape == (3, 24, 24, 3)
-
-
-def test_tokenizer_of_other_codes_is_refused(small):
-    digest = tokenizer.sha256(small)
-    for meta in ({"vocab": 32, "tokenizer_sha256": digest}, {"tokenizer_sha256": None}):
-        tokenizer.load_tokenizer(small, meta=meta)
-    with pytest.raises(BadInput, match="small.pt: 32 codes, expected 33"):
-        tokenizer.load_tokenizer(small, meta={"vocab": 33})
-    with pytest.raises(BadInput, match=f"{digest}.*another.*0000"):
-        tokenizer.load_tokenizer(small, meta={"tokenizer_sha256": "0" * 64})
 
 
 # ---- 3. Images
@@ -418,12 +397,14 @@ def test_class_without_images_is_refused(tmp_path, small):
     ("labels.npy", np.array([0, 0, 0, 0, 0, 0]), ["images of class b"]),
     ("labels.npy", np.array([0, 1]), ["(2,)", "(6,)"]),
     ("meta.json", b"[", ["meta.json: expected"]),
-    ("tokenizer.pt", b"", ["tokenizer.pt: expected"]),
+    ("tokenizer.pt", "another", ["tokenizer.pt: sha256", "another tokenizer made the codes"]),
 ])
 def test_damaged_data_set_is_named(tmp_path, small, name, content, words):
     out = tmp_path / "data"
     encode(class_folder(tmp_path / "images", random_images(6)), out, small)
-    if isinstance(content, bytes):
+    if isinstance(content, str):
+        random_tokenizer(out / name, seed=1)
+    elif isinstance(content, bytes):
         (out / name).write_bytes(content)
     else:
         np.save(out / name, content)
@@ -434,34 +415,24 @@ def test_damaged_data_set_is_named(tmp_path, small, name, content, words):
 # ---- 7. Images to codes
 
 
-@pytest.mark.parametrize("size, scale", [(16, 1.1), (20, 1.25), (16, 1.5)])
-def test_ten_crops_are_those_of_torchvision(size, scale):
-    large = int(size * scale)
-    whole = torch.rand(1, 3, large, large)
-    end = large - size
-    middle = int(round(end / 2))
-    expected = []
-    for x in (whole, whole.flip(-1)):
-        for top, left in ((0, 0), (0, end), (end, 0), (end, end), (middle, middle)):
-            expected.append(x[..., top : top + size, left : left + size])
-    views = tokenizer.crops(whole, size, "ten_crop")
-    assert torch.equal(torch.stack(views), torch.stack(expected))
-
-
-def test_views_of_two_scales_are_encoded_one_after_the_other(tmp_path, small):
-    images = random_images(3, size=64)
-    source = image_file(tmp_path / "x.npz", n=3, size=64)
+def test_ten_crops_of_two_scales_are_those_of_torchvision(tmp_path, small):
     out = tmp_path / "data"
-    encode(source, out, small, views="ten_crop", scales="1.5,1.25")
-    codes = np.load(out / "codes.npy")
-    assert codes.shape == (3, 20, 16)
-    assert codes.dtype == np.uint8
+    images = random_images(3, size=64)
+    encode(image_file(tmp_path / "x.npz", n=3, size=64), out, small, views="ten_crop",
+           scales="1.5,1.1")
+    views = []
+    for large in (24, 17):  # int(16 * scale)
+        crops = [tokenizer.center_crop(Image.fromarray(image), large) for image in images]
+        whole = from_uint8(np.stack(crops))
+        end = large - 16
+        middle = int(round(end / 2))
+        for x in (whole, whole.flip(-1)):
+            for top, left in ((0, 0), (0, end), (end, 0), (end, end), (middle, middle)):
+                views.append(x[..., top : top + 16, left : left + 16])
     model = tokenizer.load_tokenizer(small)
-    for i, scale in enumerate((1.5, 1.25)):
-        larger = [tokenizer.center_crop(Image.fromarray(x), int(16 * scale)) for x in images]
-        views = tokenizer.crops(from_uint8(np.stack(larger)), 16, "ten_crop")
-        for j, view in enumerate(views):
-            assert np.array_equal(model.encode(view).flatten(1), codes[:, 10 * i + j])
+    expected = torch.stack([model.encode(view).flatten(1) for view in views], dim=1)
+    codes = np.load(out / "codes.npy")
+    assert np.array_equal(codes, expected)
     assert len(np.unique(codes[0], axis=0)) > 10  # the views do differ
 
 
@@ -603,16 +574,6 @@ def test_reconstructions_become_an_npz_for_fid_or_a_picture(tmp_path, small, cap
     assert np.array_equal(sheet[25:49, 25:49], again[1])
 
 
-def test_reconstructions_of_unreadable_images_are_refused(tmp_path, small, capsys):
-    images = class_folder(tmp_path / "images", random_images(6))
-    (images / "a" / "notes.txt").write_text("no picture")
-    out = tmp_path / "x.npz"
-    refuses(tokenizer.main, command("reconstruct", images, out, tokenizer=small, image_size=16),
-            "readable images only")
-    assert "notes.txt" in capsys.readouterr().err
-    assert os.listdir(tmp_path) == ["images"]
-
-
 # ---- 9. The command line
 
 
@@ -649,11 +610,6 @@ def test_any_name_is_shown_on_one_line_of_any_terminal(tmp_path, small, capsys):
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "a, caf\\udce9" in printed
-
-
-def test_only_encode_runs_in_several_processes(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refuses(tokenizer.main, training(tmp_path, "x.pt"), "train runs in one process")
 
 
 # ---- 10. The codes that LlamaGen extracted
@@ -697,24 +653,17 @@ def test_packed_codes_take_a_tokenizer_and_a_val_split(tmp_path, small):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("c_ten_crop/imagenet64_codes/0.npy", None, ["0.npy", "cannot be read"]),
     ("c_ten_crop/imagenet64_codes/2.npy", None, ["labels", "5 files, expected 4"]),
-    ("c_ten_crop/imagenet64_codes/3.npy", b"broken", ["3.npy", "damaged"]),
     ("c_ten_crop/imagenet64_codes/3.npy", np.zeros((1, 10, 9), int), ["3.npy", "(1, 10, 9)"]),
     ("c_ten_crop/imagenet64_codes/3.npy", np.full((1, 10, 16), 16384), ["3.npy", "16383"]),
     ("c_ten_crop_105/imagenet64_labels/4.npy", np.array([0]), ["105", "labels"]),
-    ("c_ten_crop/imagenet96_codes/0.npy", np.zeros(1), ["expected one folder"]),
 ])
 def test_pack_names_the_file_that_is_wrong(tmp_path, name, content, words):
     llamagen_codes(tmp_path / "c_ten_crop")
     llamagen_codes(tmp_path / "c_ten_crop_105")
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
     if content is None:
-        path.unlink()
-    elif isinstance(content, bytes):
-        path.write_bytes(content)
+        (tmp_path / name).unlink()
     else:
-        np.save(path, content)
+        np.save(tmp_path / name, content)
     refuses(pack.main, [tmp_path / "c_ten_crop", tmp_path / "data"], *words)
     assert not (tmp_path / "data" / "meta.json").exists()

@@ -102,9 +102,10 @@ def replace_file(path, write):
     Raises BadInput if the file cannot be written.
     """
     check_output(path)
-    for part in glob.glob(f"{glob.escape(str(path))}.*.part"):
-        if os.path.getmtime(part) < time.time() - 3600:  # left by a process that was killed
-            os.remove(part)
+    with suppress(OSError):  # another process may clean up too
+        for part in glob.glob(f"{glob.escape(str(path))}.*.part"):
+            if os.path.getmtime(part) < time.time() - 3600:  # left by a process that was killed
+                os.remove(part)
     part = f"{path}.{os.getpid()}.part"  # two processes never write to the same file
     try:
         with open(part, "wb") as file:
