@@ -19,6 +19,7 @@ import inspect
 import json
 import math
 import os
+import shlex
 import signal
 import time
 from dataclasses import asdict, dataclass, replace
@@ -33,8 +34,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 
-from tokenizer import (BadInput, Codes, class_numbers, load_tokenizer, parse_flags,
-                       reading, replace_file, require, run_program, save_images, setup)
+from tokenizer import (BadInput, Codes, check_image_size, class_numbers, load_tokenizer,
+                       parse_flags, reading, replace_file, require, run_program, save_images, setup)
 
 # ---- 1. Next patch prediction --------------------------------------------------------------------
 
@@ -148,7 +149,7 @@ class Attention(nn.Module):
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            cache.index_copy_(3, position, torch.stack([k, v]).type_as(cache))
+            cache.index_copy_(3, position, torch.stack([k, v]))
             k, v = cache[:, :, :, : mask.shape[1]]                 # each (B, H, length, head_dim)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         y = rearrange(y, "b head s d -> b s (head d)")
@@ -388,7 +389,7 @@ class Config:
     top_k: int = 0               # keep the k likeliest codes; 0: all
     top_p: float = 1.0           # keep the likeliest codes up to this probability
     tokenizer: str = ""          # file that turns codes into images (default: the data's own)
-    image_size: int = 0          # pixels per side, if the checkpoint does not tell (default: 256)
+    image_size: int = 256        # pixels per side of images from published weights
     image_size_eval: int = 0     # resize samples to this many pixels before saving
 
 
@@ -627,9 +628,8 @@ def check(cfg, data, world_size):
     grid = data.meta["grid"]
     require(all(grid % p == 0 for p in cfg.patches),
             f"patches is {cfg.patches}, expected divisors of {grid}")
-    require(0 < cfg.lam < 1, f"lam is {cfg.lam}, expected more than 0 and less than 1")
     for p, first, end in stages(cfg.steps, cfg.patches, cfg.lam):
-        require(first < end, f"steps is {cfg.steps}, expected more: none is left for p = {p}")
+        require(first < end, f"steps is {cfg.steps} and lam {cfg.lam}: no step is left for p = {p}")
     multiple = world_size * max(1, cfg.micro_batch)
     require(cfg.batch % multiple == 0, f"batch is {cfg.batch}, expected a multiple of {multiple} "
             f"({world_size} ranks, micro_batch {cfg.micro_batch})")
@@ -653,11 +653,11 @@ def resume(cfg, meta, model, optimizer):
             changes = [f"saved with {name} {was[name]}, now {now[name]}" for name in RECIPE
                        if was[name] != now[name]]
             require(not changes, f"{path}: {'; '.join(changes)}; choose another --out, and --init "
-                    f"{path} to start from its weights")
+                    f"{shlex.quote(path)} to start from its weights")
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             step = saved["step"]
-            log = saved["log"]
+            log = saved.get("log", [])
     elif cfg.init:
         weights = load_model(cfg.init).state_dict()
         table = "cls_embedding.embedding_table.weight"
@@ -670,7 +670,7 @@ def resume(cfg, meta, model, optimizer):
             "file for all ranks")
     if step == cfg.steps:
         print(f"{cfg.out} is finished after {step:,} steps. To train its weights further, give "
-              f"--init {path} and another --out")
+              f"--init {shlex.quote(path)} and another --out")
     return step, log
 
 
@@ -753,10 +753,9 @@ def draw(model, tokenizer, labels, cfg, p=1, rank=0, world_size=1):
             dist.all_gather(parts, images)
             images = torch.cat(parts)
         yield images[: n - first].numpy()
-        if rank == 0:
-            done = min(n, first + chunk * world_size)
-            left = timedelta(seconds=round((time.time() - start) / done * (n - done)))
-            print(f"{done:,} of {n:,} images  {left} left", flush=True)
+        done = min(n, first + chunk * world_size)
+        left = timedelta(seconds=round((time.time() - start) / done * (n - done)))
+        print(f"{done:,} of {n:,} images  {left} left", flush=True)
 
 
 def sample(cfg, rank, world_size, device, p=1):
@@ -770,11 +769,9 @@ def sample(cfg, rank, world_size, device, p=1):
     path = cfg.tokenizer if cfg.tokenizer else str(model.meta["tokenizer"])
     require(os.path.exists(path), f"tokenizer {path} not found; pass its path with --tokenizer")
     tokenizer = load_tokenizer(path, device, model.meta)
-    if model.meta["grid"] is None:  # the grid of published weights follows from the image size
-        image_size = cfg.image_size if cfg.image_size else 256
-        model.grid = max(1, image_size // tokenizer.factor)
-    pixels = model.grid * tokenizer.factor
-    require(cfg.image_size in (0, pixels), f"image_size is {cfg.image_size}, expected {pixels}")
+    if model.meta["grid"] is None:  # our own checkpoints tell
+        check_image_size(cfg.image_size, tokenizer)
+        model.grid = cfg.image_size // tokenizer.factor
     model.to(device, getattr(torch, cfg.dtype))
 
     most = 10 if cfg.out.endswith(".png") else len(names)

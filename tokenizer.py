@@ -74,7 +74,8 @@ def reading(path, what):
                 require(archive.testzip() is None, f"{path}: damaged, wrong checksum")
         # The official training checkpoints carry their flags as an argparse.Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            mapped = is_zip and os.name != "nt"  # Windows does not replace a file that is mapped
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         require(isinstance(saved, dict), expected)
         yield saved
     except BadInput:
@@ -779,8 +780,7 @@ def encode(images, out, *, tokenizer: str, image_size: int = 256,
     for i, items in zip(mine, source.read([chunks[i] for i in mine])):
         codes = encode_part(items, model, image_size, views)
         replace_file(paths[i], partial(np.savez, codes=codes, labels=source.labels[chunks[i]]))
-        if rank == 0:
-            print(f"image {chunks[i][-1] + 1:,} of {n:,}", end="\r", flush=True)
+        print(f"image {chunks[i][-1] + 1:,} of {n:,}", end="\r", flush=True)
     if world_size > 1:
         dist.all_reduce(torch.zeros(1))  # waits for all; on the CPU it fails if a rank has ended
     if rank > 0:
@@ -920,6 +920,8 @@ def setup():
     rank = 0
     if world_size > 1:  # RANK alone means nothing: schedulers set it, and shells keep it
         rank = int(os.environ["RANK"])
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # one voice is enough
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
