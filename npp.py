@@ -472,7 +472,6 @@ def train(cfg, rank, world_size, device):
     if first == cfg.steps:
         return 0                                                        # finished, says resume()
     recorder = Recorder(cfg, data, model, optimizer, log)
-
     wrapped = model
     if world_size > 1:  # every p uses every parameter, so DDP never waits for a missing gradient
         wrapped = nn.parallel.DistributedDataParallel(model)
