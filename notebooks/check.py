@@ -179,7 +179,7 @@ def plain_epochs(epochs):
 
 
 # -------------------------------------------------------------------------------------------------
-# 4. Train
+# 4. Train by hand
 
 
 @exercise("4.1")
@@ -197,6 +197,23 @@ def divide_by(number):
 
 
 @exercise("4.3")
+def train_whole(function, new_model, cfg, expected):
+    model, optimizer = new_model(cfg)
+    start = model.output.weight.detach().clone()
+    call(function, model, optimizer, cfg)
+    found = model.state_dict()
+    if torch.equal(found["output.weight"], start):
+        return "the weights are still those of the new model: is optimizer.step() called?"
+    for name, weight in expected.items():
+        if not torch.equal(found[name], weight):
+            return (f"{name} is off by up to {(found[name] - weight).abs().max():.0e}. "
+                    "In each step: the rate, one seed for dropout before all micro-batches, each "
+                    "loss divided by their number, then clip, update, and clear the gradient")
+
+
+# -------------------------------------------------------------------------------------------------
+# 5. Compare
+@exercise("5.1")
 def three_level_steps(steps):
     weights = 4 * (4 * 128**2 + 3 * 128 * npp.ffn_width(128)) + 128 * 256
     average = weights * (5 / 4 + 17 / 4 + 65 / 2)
@@ -204,7 +221,7 @@ def three_level_steps(steps):
         return "442 steps at the cost of `plain` are as many steps of (4, 2, 1) at which cost?"
 
 
-@exercise("4.4")
+@exercise("5.2")
 def bits_per_image(function):
     answer = call(function, 2.0)
     if is_near(answer, 2.0 / math.log(2)):
@@ -213,7 +230,7 @@ def bits_per_image(function):
         return "an image has 64 codes, and the loss of each is in nats"
 
 
-@exercise("4.5")
+@exercise("5.3")
 def powers(power_with, power_without):
     if power_with + power_without != 1:
         return "at guidance 1 the powers are 1 and 0; their sum does not depend on the scale"
@@ -221,7 +238,7 @@ def powers(power_with, power_without):
         return "put s = 2 into u + s (c - u), and collect what belongs to c and to u"
 
 
-@exercise("4.6")
+@exercise("5.4")
 def at_temperature(function):
     logits = torch.from_numpy(np.random.default_rng(0).standard_normal((5, 256)))
     answer = call(function, logits.softmax(-1), 0.5)
@@ -233,7 +250,7 @@ def at_temperature(function):
     return "exp(logits / temperature) is exp(logits) to which power?"
 
 
-@exercise("4.7")
+@exercise("5.5")
 def effects(function):
     answer = call(function, 3.6, 3.4, 3.8, 3.5)
     if is_near(answer, (-0.2, 0.2, -0.1)):
@@ -244,10 +261,10 @@ def effects(function):
 
 
 # -------------------------------------------------------------------------------------------------
-# 5. Evaluate
+# 6. Evaluate
 
 
-@exercise("5.1")
+@exercise("6.1")
 def squared_distance(function):
     x = np.array([3.0, 1.0, 2.0])
     y = np.array([5.0, 7.0, 6.0])
@@ -257,7 +274,7 @@ def squared_distance(function):
         return "for 3, 1, 2 and 6, 2, 4: the mean of squares, and not the square of the mean"
 
 
-@exercise("5.2")
+@exercise("6.2")
 def at_infinity(function):
     for value in (1.0, 7.0):
         answer = call(function, value + 2000 / 500, value + 2000 / 2000)
@@ -265,7 +282,7 @@ def at_infinity(function):
             return "the distance is a + b / n: two equations with two unknowns, and a is wanted"
 
 
-@exercise("5.3")
+@exercise("6.3")
 def precision_and_recall(lower, recall):
     if lower != "recall":
         return "each picture is real, so it lies in a ball; but does each real one lie in one?"
@@ -273,17 +290,17 @@ def precision_and_recall(lower, recall):
         return "the third neighbour of an image that is there ten times is the image itself"
 
 
-@exercise("5.4")
+@exercise("6.4")
 def goes_to_zero(name):
     if str(name).upper() != "KID":
         return "an average removes chance; it does not remove a bias"
 
 
 # -------------------------------------------------------------------------------------------------
-# 6. Your own images
+# 7. Your own images
 
 
-@exercise("6.1")
+@exercise("7.1")
 def perplexity(function):
     if not is_near(call(function, np.arange(256)), 256):
         return "if each code occurs once, the perplexity is 256"
@@ -293,19 +310,19 @@ def perplexity(function):
         return "two codes, equally frequent, have a perplexity of 2"
 
 
-@exercise("6.2")
+@exercise("7.2")
 def possible_sizes(sizes):
     if sorted(sizes) != [32, 48, 64]:
         return "the grid is the image size divided by 4, and the largest p must divide the grid"
 
 
-@exercise("6.3")
+@exercise("7.3")
 def steps_as_imagenet(steps, n_pictures):
     if not is_near(steps, 300 * n_pictures / 16, 1):
         return "300 visits to each picture, 16 pictures in a step"
 
 
-@exercise("6.4")
+@exercise("7.4")
 def share_equal(function):
     a = torch.tensor([[1, 2, 3, 4], [1, 1, 1, 1]])
     b = torch.tensor([[1, 0, 3, 0], [1, 1, 1, 2]])

@@ -62,58 +62,74 @@ place = 1000 * 64 % 60000
 divide_by = 16 // 2 // 4
 
 # Exercise 4.3
+def train_whole(model, optimizer, cfg):
+    pieces = cfg.batch // cfg.micro_batch
+    for step in range(cfg.steps):
+        p, _, _ = stage(step, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, cfg)
+        codes, labels = naive_batch(step, cfg)
+        seed_dropout(step, cfg)
+        for c, y in zip(codes.chunk(pieces), labels.chunk(pieces)):
+            loss = model.loss(c, y, p) / pieces
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+# Exercise 5.1
 three_level_steps = round(442 * plain / bench.cost("tiny", (4, 2, 1), vocab=256, grid=8)[0])
 
-# Exercise 4.4
+# Exercise 5.2
 def bits_per_image(loss):
     return 64 * loss / math.log(2)
 
-# Exercise 4.5
+# Exercise 5.3
 power_with = 2
 power_without = -1
 
-# Exercise 4.6
+# Exercise 5.4
 def at_temperature(probs, temperature):
     raised = probs ** (1 / temperature)
     return raised / raised.sum(-1, keepdim=True)
 
-# Exercise 4.7
+# Exercise 5.5
 def effects(plain_constant, plain_npp, patches_constant, patches_npp):
     schedule = plain_npp - plain_constant
     patches = patches_constant - plain_constant
     interaction = patches_npp - plain_constant - schedule - patches
     return schedule, patches, interaction
 
-# Exercise 5.1
+# Exercise 6.1
 def squared_distance(x, y):
     return ((np.sort(x) - np.sort(y)) ** 2).mean()
 
-# Exercise 5.2
+# Exercise 6.2
 def at_infinity(at_500, at_2000):
     slope = (at_500 - at_2000) / (1 / 500 - 1 / 2000)
     return at_2000 - slope / 2000
 
-# Exercise 5.3
+# Exercise 6.3
 lower_without_trousers = "recall"
 recall_of_200 = 200 / 2000
 
-# Exercise 5.4
+# Exercise 6.4
 goes_to_zero = "KID"
 
-# Exercise 6.1
+# Exercise 7.1
 def perplexity(codes):
     share = np.bincount(codes.flatten(), minlength=256) / codes.size
     share = share[share > 0]
     entropy = -(share * np.log(share)).sum()
     return np.exp(entropy)
 
-# Exercise 6.2
+# Exercise 7.2
 candidates = [28, 32, 40, 48, 64, 66]
 possible = [size for size in candidates if size % 16 == 0]
 
-# Exercise 6.3
+# Exercise 7.3
 steps_as_imagenet = 300 * n_pictures / 16
 
-# Exercise 6.4
+# Exercise 7.4
 def share_equal(a, b):
     return (a == b).float().mean(dim=1)
