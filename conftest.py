@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -67,13 +68,16 @@ def start_two_ranks(*command):
                   MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in ("0", "1")]
 
 
-def start_on_full_disk(program, *arguments, limit=100_000):
-    """The program in a process that cannot write files of more than `limit` bytes"""
-    code = ("import resource, runpy, sys\n"
-            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-            f"sys.argv[0] = {program!r}\n"
-            f"runpy.run_path({program!r}, run_name='__main__')\n")
-    return start("-c", code, *arguments)
+@contextmanager
+def full_disk(limit=100_000):
+    """No file grows beyond `limit` bytes"""
+    import resource  # not on Windows
+    before, highest = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, highest))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, highest))
 
 
 def refuses(main, arguments, *words):
@@ -85,14 +89,18 @@ def refuses(main, arguments, *words):
         assert str(word) in str(caught.value)
 
 
-def write_images(folder, classes=("cats", "dogs"), n=3, size=16, suffix="png"):
-    """A folder with n random pictures in each class, size x size or a little wider"""
-    rng = np.random.default_rng(0)
-    for name in classes:
-        (folder / name).mkdir(parents=True)
-        for i in range(n):
-            pixels = rng.integers(255, size=(size, size + i % 3, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{i}.{suffix}")
+def random_images(n, seed=0, size=16):
+    """Blotches, so that features differ from image to image"""
+    coarse = np.random.default_rng(seed).integers(0, 256, (n, 4, 4, 3), dtype=np.uint8)
+    return coarse.repeat(size // 4, axis=1).repeat(size // 4, axis=2)
+
+
+def class_folder(folder, images, names=("a", "b")):
+    """Images as PNG files in class folders, as many in each"""
+    for i, image in enumerate(images):
+        path = folder / names[i * len(names) // len(images)] / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
     return folder
 
 
@@ -107,5 +115,6 @@ class RunsCode:
 
 
 def write_pickle_with_code(path, marker):
-    path.write_bytes(pickle.dumps({"model": RunsCode(marker)}))
+    content = pickle.dumps({"model": RunsCode(marker)}, protocol=2)  # torch warns of newer ones
+    path.write_bytes(content)
     return path
