@@ -48,8 +48,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 
-# ---- 1. Files
-
+# ---- 1. Files ------------------------------------------------------------------------------------
 
 class BadInput(Exception):
     """Something the user gave cannot be used: one line on stderr, exit code 2"""
@@ -61,13 +60,22 @@ def require(condition, message):
 
 
 @contextmanager
-def reading(path, what):
-    """Yield the dict in a .pt file, its tensors on the CPU. No code in the file is ever run.
-
-    Any error, here or inside the `with`, means that the file is not `what`: raises BadInput.
-    """
-    expected = f"{path}: expected {what} in a .pt file"
+def expecting(path, what):
+    """Any error inside the `with` means that the file is not `what`: raises BadInput"""
     try:
+        yield
+    except BadInput:
+        raise
+    except pickle.UnpicklingError:  # torch's message suggests running the code in the file
+        raise BadInput(f"{path}: expected {what}, found damage, another format, or code") from None
+    except Exception as error:  # each kind of damage raises its own
+        raise BadInput(f"{path}: expected {what} ({error!r:.300})") from None
+
+
+@contextmanager
+def reading(path, what):
+    """Yield what a .pt file holds, tensors on the CPU. No code in it is run. As `expecting`."""
+    with expecting(path, f"{what} in a .pt file"):
         is_zip = zipfile.is_zipfile(path)
         if is_zip:  # torch.load does not notice a flipped bit
             with zipfile.ZipFile(path) as archive:
@@ -76,14 +84,7 @@ def reading(path, what):
         with torch.serialization.safe_globals([argparse.Namespace]):
             mapped = is_zip and os.name != "nt"  # Windows does not replace a file that is mapped
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        require(isinstance(saved, dict), expected)
         yield saved
-    except BadInput:
-        raise
-    except pickle.UnpicklingError:  # torch's message suggests running the code in the file
-        raise BadInput(f"{expected}, found damage, another format, or code") from None
-    except Exception as error:  # each kind of damage raises its own
-        raise BadInput(f"{expected} ({error!r:.300})") from None
 
 
 def check_output(path):
@@ -151,8 +152,7 @@ def from_uint8(images):
     return rearrange(torch.from_numpy(images), "b h w c -> b c h w").float() / 127.5 - 1
 
 
-# ---- 2. The model, its parts named as in the published vq_ds16_c2i.pt and vq_ds8_c2i.pt
-
+# ---- 2. The model, its parts named as in the published vq_ds16_c2i.pt and vq_ds8_c2i.pt ----------
 
 def norm(channels):
     return nn.GroupNorm(32, channels, eps=1e-6)
@@ -340,8 +340,7 @@ def load_tokenizer(path, device="cpu", meta=None):
     return model.to(device).eval()
 
 
-# ---- 3. Images
-
+# ---- 3. Images -----------------------------------------------------------------------------------
 
 def center_crop(image, size):
     """PIL image -> size x size as ADM prepares ImageNet: halve by a box filter while the short side
@@ -388,23 +387,22 @@ class Images:
     def load(self, i):
         """-> one uint8 (S, S, 3) per size, black ones if the image is unreadable"""
         item = self.items[i]
-        name = f"image {i} of {self.source}"
         try:
             if isinstance(item, str):
-                name = item
                 with Image.open(item) as file:
                     image = to_rgb(file)
             else:
                 image = Image.fromarray(item)
             return [np.asarray(center_crop(image, size)) for size in self.sizes]
         except Exception as error:  # Pillow raises many kinds
+            name = item if isinstance(item, str) else f"image {i} of {self.source}"
             complain(f"{name}: unreadable image ({error!r})")
             self.labels[i] = -1
             return [np.zeros((size, size, 3), np.uint8) for size in self.sizes]
 
     def read(self, chunks):
         """Yield what `load` returns for each chunk of indices, while threads read the next chunk"""
-        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         pool = ThreadPoolExecutor(max(1, cores))  # a `with` would wait if the caller stops early
         ahead = []
         for chunk in chunks:
@@ -417,9 +415,8 @@ class Images:
         """Changes when an image is added, removed or replaced"""
         digest = hashlib.sha256()
         for path in self.items if isinstance(self.items, list) else [self.source]:
-            status = os.stat(path, follow_symlinks=os.path.exists(path))  # a link may be broken
-            facts = (path.removeprefix(self.source), status.st_size, status.st_mtime_ns)
-            digest.update(repr(facts).encode())
+            status = os.lstat(path)  # of a link itself, which may be broken
+            digest.update(repr((path, status.st_size, status.st_mtime_ns)).encode())
         return digest.hexdigest()
 
 
@@ -457,14 +454,11 @@ def refuse(error):  # os.walk would skip a folder that it cannot read
 
 def read_npz(path):
     """-> images uint8 (n, H, W, 3), labels int64 (n,), names of the classes"""
-    try:
-        with np.load(path) as file:
-            arrays = dict(file)
+    with expecting(path, "arr_0 and labels in an .npz"):
+        arrays = dict(np.load(path))
         images = arrays["arr_0"]
         # Labels are called arr_1 by ADM's sampler; np.savez(path, *batches) has more images there.
         labels = arrays.get("arr_1", arrays.get("labels")).astype(np.int64, casting="safe")
-    except Exception as error:  # each kind of damage raises its own
-        raise BadInput(f"{path}: expected arr_0 and labels in an .npz ({error!r})") from None
     require(images.dtype == np.uint8 and images.shape[3:] == (3,),
             f"{path}: arr_0 is {images.dtype} {images.shape}, expected uint8 (n, H, W, 3)")
     require(labels.shape == images.shape[:1],
@@ -477,8 +471,7 @@ def read_npz(path):
     return images, labels, names
 
 
-# ---- 4. Pictures, and .npz of samples
-
+# ---- 4. Pictures, and .npz of samples ------------------------------------------------------------
 
 def save_images(path, chunks, labels):
     """Chunks of images, uint8 (b, H, W, 3), and the labels (n,) of them all -> a picture or .npz
@@ -516,8 +509,7 @@ def write_png(file, chunks, labels):
     Image.fromarray(sheet).save(file, format="PNG")
 
 
-# ---- 5. Training a small one
-
+# ---- 5. Training a small one ---------------------------------------------------------------------
 
 def train(images, out, *, image_size: int = 256, steps: int = 12000, batch: int = 16,
           lr: float = 1e-3, seed: int = 0, codebook_size: int = 256, ch: int = 32,
@@ -532,7 +524,6 @@ def train(images, out, *, image_size: int = 256, steps: int = 12000, batch: int 
     last halve the image; z_channels: channels before the codebook.
     """
     _, _, device = setup()
-    require(ch % 32 == 0, f"--ch is {ch}, expected a multiple of 32")
     require(codebook_size <= 65536, f"--codebook_size is {codebook_size}, expected at most 65536")
     torch.manual_seed(seed)
     model = VQModel(codebook_size, 8, ch, ch_mult, z_channels).to(device)
@@ -601,21 +592,19 @@ def check_image_size(image_size, model):
             f"--image_size is {image_size}, expected a multiple of {model.factor}")
 
 
-# ---- 6. A data set: the folder that npp.py trains on
+# ---- 6. A data set: the folder that npp.py trains on ---------------------------------------------
 
 SUFFIX = {"train": "", "val": "_val"}  # of the names of a split's files
 
 
 def check_new(folder, split):
-    """Raises BadInput if the split is there, or a val split that a new train split would not fit"""
-    for name in {"train": ["meta.json", "codes_val.npy"], "val": ["codes_val.npy"]}[split]:
-        require(not os.path.exists(f"{folder}/{name}"), f"{folder}/{name} exists, delete the data "
-                                                        f"set first or choose another folder")
+    """Raises BadInput if the split is there, told by the file that `publish` writes last"""
+    path = f"{folder}/meta.json" if split == "train" else f"{folder}/codes_val.npy"
+    require(not os.path.exists(path), f"{path} exists; delete the data set or choose another one")
 
 
 def check_classes(source, labels, classes):
     """Raises BadInput for a class without images: its samples would show nothing"""
-    require(len(classes) <= 65536, f"{source}: {len(classes)} classes, expected at most 65536")
     images = np.bincount(labels, minlength=len(classes))
     empty = [classes[i] for i in np.flatnonzero(images == 0)]
     require(not empty, f"{source}: no readable images of class {', '.join(empty[:9])}")
@@ -624,8 +613,7 @@ def check_classes(source, labels, classes):
 def publish(folder, split, meta, codes, labels, tokenizer):
     """Write a new split of a data set. Raises BadInput.
 
-    codes: arrays (b, views, h*w); labels: for all of them (n,); tokenizer: a file, or None. The
-    split counts once its last file is there: codes_val.npy for val, meta.json for train.
+    codes: arrays (b, views, h*w); labels: for all of them (n,); tokenizer: a file, or None
     """
     def write_meta(file):
         file.write(json.dumps(meta, indent=1).encode())
@@ -641,28 +629,6 @@ def publish(folder, split, meta, codes, labels, tokenizer):
     replace_file(f"{folder}/meta.json", write_meta)
 
 
-def open_codes(folder, meta, suffix=""):
-    """Memory-map one split -> codes (images, views, h*w), labels (images,). Raises BadInput."""
-    arrays = []
-    for name in ("codes", "labels"):
-        path = os.path.join(folder, f"{name}{suffix}.npy")
-        try:
-            arrays.append(np.load(path, mmap_mode="r"))
-        except Exception as error:  # each kind of damage raises its own
-            raise BadInput(f"{path}: missing or damaged, expected an array ({error!r})") from None
-    codes, labels = arrays
-    cells = meta["grid"] ** 2
-    require(codes.dtype in (np.uint8, np.uint16) and codes.shape[2:] == (cells,) and codes.size,
-            f"{codes.filename}: {codes.dtype} {codes.shape}, expected uint8 or uint16 "
-            f"(images, views, {cells})")
-    require(labels.dtype.kind in "iu" and labels.shape == codes.shape[:1],
-            f"{path}: {labels.dtype} {labels.shape}, expected integers ({len(codes)},)")
-    highest = len(meta["classes"]) - 1
-    require(labels.min() >= 0 and labels.max() <= highest,
-            f"{path}: {labels.min()} to {labels.max()}, expected 0 to {highest}")
-    return codes, labels
-
-
 class Codes:
     """A data set: a folder that `encode` wrote. Raises BadInput.
 
@@ -674,21 +640,37 @@ class Codes:
 
     def __init__(self, folder, tokenizer=""):
         path = os.path.join(folder, "meta.json")
-        try:
-            with open(path) as file:
-                self.meta = json.load(file)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"{path}: expected what encode writes ({error!r})") from None
-        if self.meta["tokenizer"]:
-            self.meta["tokenizer"] = os.path.join(folder, self.meta["tokenizer"])
+        with expecting(path, "what encode writes"), open(path) as file:
+            self.meta = json.load(file)
         if tokenizer:
             self.meta["tokenizer"] = tokenizer
-        self.codes, self.labels = open_codes(folder, self.meta)
+        elif self.meta["tokenizer"]:
+            self.meta["tokenizer"] = os.path.join(folder, self.meta["tokenizer"])
+        self.codes, self.labels = self.open(folder, "train")
         check_classes(folder, self.labels, self.meta["classes"])
         self.meta["images"] = len(self.codes)
         self.val = None
         if os.path.exists(os.path.join(folder, "codes_val.npy")):
-            self.val = open_codes(folder, self.meta, "_val")
+            self.val = self.open(folder, "val")
+
+    def open(self, folder, split):
+        """-> its codes (images, views, N) and labels (images,)"""
+        arrays = []
+        for name in ("codes", "labels"):
+            path = os.path.join(folder, f"{name}{SUFFIX[split]}.npy")
+            with expecting(path, "an array"):
+                arrays.append(np.load(path, mmap_mode="r"))
+        codes, labels = arrays
+        cells = self.meta["grid"] ** 2
+        require(codes.dtype in (np.uint8, np.uint16) and codes.shape[2:] == (cells,),
+                f"{codes.filename}: {codes.dtype} {codes.shape}, expected uint8 or uint16 "
+                f"(images, views, {cells})")
+        require(labels.shape == codes.shape[:1],
+                f"{path}: {labels.shape}, expected ({len(codes)},)")
+        highest = len(self.meta["classes"]) - 1
+        require(labels.min() >= 0 and labels.max() <= highest,
+                f"{path}: {labels.min()} to {labels.max()}, expected 0 to {highest}")
+        return codes, labels
 
     def read(self, split, index, view=0):
         """Codes and labels of the images (b,) of a split -> int64 tensors (b, N), (b,)
@@ -697,10 +679,8 @@ class Codes:
         """
         all_codes, all_labels = split
         codes = all_codes[index, view]
-        worst = codes.max(axis=1).argmax()
-        require(codes[worst].max() < self.meta["vocab"],
-                f"{all_codes.filename}: image {index[worst]} has code {codes[worst].max()}, "
-                f"expected 0 to {self.meta['vocab'] - 1}")
+        require(codes.max() < self.meta["vocab"], f"{all_codes.filename}: code {codes.max()}, "
+                                                  f"expected 0 to {self.meta['vocab'] - 1}")
         codes = torch.from_numpy(codes).long()
         labels = torch.from_numpy(all_labels[index]).long()
         if torch.cuda.is_available():  # a copy from pinned memory runs in the background
@@ -714,14 +694,13 @@ def class_numbers(text, names, most):
         return torch.from_numpy(np.linspace(0, len(names) - 1, min(most, len(names))).astype(int))
     known = {str(i): i for i in range(len(names))}
     known.update({name: i for i, name in enumerate(names)})
-    for name in text.split(","):
-        require(name in known, f"classes is {text}, expected names like {names[0]}, or numbers "
-                               f"from 0 to {len(names) - 1}")
-    return torch.tensor([known[name] for name in text.split(",")])
+    wanted = text.split(",")
+    require(set(wanted) <= set(known), f"classes is {text}, expected names like {names[0]}, or "
+                                       f"numbers from 0 to {len(names) - 1}")
+    return torch.tensor([known[name] for name in wanted])
 
 
-# ---- 7. Images to codes
-
+# ---- 7. Images to codes --------------------------------------------------------------------------
 
 def crops(images, size, views):
     """Images (B, 3, S, S) -> list of their views (B, 3, size, size)
@@ -768,7 +747,10 @@ def encode(images, out, *, tokenizer: str, image_size: int = 256,
     if split == "train":
         check_classes(images, source.labels, source.classes)
     else:
-        match_train_split(out, meta)
+        train = Codes(out).meta
+        for key in ("image_size", "classes", "tokenizer_sha256"):
+            require(train[key] == meta[key], f"{out}: the train split has {key} "
+                                             f"{train[key]!s:.99}, val has {meta[key]!s:.99}")
 
     # Finished parts of 256 images are files. Other flags or images have another folder of them.
     recipe = dict(meta, views=views, sizes=sizes, images=source.fingerprint())
@@ -779,7 +761,9 @@ def encode(images, out, *, tokenizer: str, image_size: int = 256,
     mine = [i for i in range(rank, len(paths), world_size) if not os.path.exists(paths[i])]
     for i, items in zip(mine, source.read([chunks[i] for i in mine])):
         codes = encode_part(items, model, image_size, views)
-        replace_file(paths[i], partial(np.savez, codes=codes, labels=source.labels[chunks[i]]))
+        labels = source.labels[chunks[i]]
+        readable = labels >= 0
+        replace_file(paths[i], partial(np.savez, codes=codes[readable], labels=labels[readable]))
         print(f"image {chunks[i][-1] + 1:,} of {n:,}", end="\r", flush=True)
     if world_size > 1:
         dist.all_reduce(torch.zeros(1))  # waits for all; on the CPU it fails if a rank has ended
@@ -787,8 +771,8 @@ def encode(images, out, *, tokenizer: str, image_size: int = 256,
         return 0
 
     # Join the parts.
-    labels = np.concatenate([read_part(path, "labels") for path in paths])
-    codes = (read_part(path, "codes") for path in paths)
+    labels = np.concatenate([np.load(path)["labels"] for path in paths])
+    codes = (np.load(path)["codes"] for path in paths)
     require(len(labels) > 0, f"{images}: no readable image")
     if split == "train":
         check_classes(images, labels, meta["classes"])
@@ -797,20 +781,6 @@ def encode(images, out, *, tokenizer: str, image_size: int = 256,
     print(f"{out}: {len(labels):,} images of {meta['grid']} x {meta['grid']} codes, "
           f"{n - len(labels):,} images unreadable")
     return 0 if len(labels) == n else 2
-
-
-def match_train_split(folder, meta):
-    """Raises BadInput unless a val split with this meta belongs to the train split in the folder
-
-    Classes without names are called 0, 1, 2, ... in either split; meta then gets those of train.
-    """
-    train = Codes(folder).meta
-    unnamed = [str(i) for i in range(len(meta["classes"]))]
-    if meta["classes"] == unnamed[: len(train["classes"])] or train["classes"] == unnamed:
-        meta["classes"] = train["classes"]
-    for key in ("vocab", "grid", "image_size", "classes", "tokenizer_sha256"):
-        require(train[key] == meta[key], f"{folder}/meta.json: the train split has other codes, "
-                                         f"{key} {train[key]!s:.99} instead of {meta[key]!s:.99}")
 
 
 def encode_part(items, model, image_size, views):
@@ -827,14 +797,7 @@ def encode_part(items, model, image_size, views):
     return torch.cat(codes).numpy().astype(np.min_scalar_type(len(model.codebook()) - 1))
 
 
-def read_part(path, name):
-    """Its codes or labels of readable images"""
-    with np.load(path) as part:
-        return part[name][part["labels"] >= 0]
-
-
-# ---- 8. Codes as images
-
+# ---- 8. Codes as images --------------------------------------------------------------------------
 
 def show(data, out, *, tokenizer: str = "", split: Literal["train", "val"] = "train"):
     """Decode stored codes: ten images of each of up to ten classes, one class per row of a .png
@@ -849,16 +812,12 @@ def show(data, out, *, tokenizer: str = "", split: Literal["train", "val"] = "tr
     require(stored.meta["tokenizer"], f"{data}: names no tokenizer, expected --tokenizer")
     model = load_tokenizer(stored.meta["tokenizer"], device, stored.meta)
 
-    labels = pair[1]
-    classes = np.unique(labels)
-    classes = classes[np.linspace(0, len(classes) - 1, min(10, len(classes))).astype(int)]
-    rows = [np.flatnonzero(labels == label)[:10] for label in classes]
-    images = []
-    for row in rows:
-        codes, _ = stored.read(pair, row)
-        images.append(model.pixels(codes.to(device)))
-    save_images(out, images, labels[np.concatenate(rows)])
-    print(f"{out}: row by row {', '.join(stored.meta['classes'][label] for label in classes)}")
+    names = stored.meta["classes"]
+    classes = class_numbers("", names, 10).tolist()
+    chosen = [np.flatnonzero(pair[1] == label)[:10] for label in classes]
+    codes, labels = stored.read(pair, np.concatenate(chosen))
+    save_images(out, [model.pixels(row.to(device)) for row in codes.split(10)], labels)
+    print(f"{out}: row by row {', '.join(names[label] for label in classes)}")
     return 0
 
 
@@ -876,8 +835,7 @@ def reconstruct(images, out, *, tokenizer: str, image_size: int = 256, margin: i
     model = load_tokenizer(tokenizer, device)
     check_image_size(image_size, model)
     edge = image_size - 2 * margin
-    require(0 < edge <= image_size,
-            f"--margin is {margin}, expected 0 to less than half of --image_size")
+    require(edge > 0, f"--margin is {margin}, expected less than half of --image_size")
     inside = slice(margin, margin + edge)
     source = Images(images, [image_size])
     n = len(source.items)
@@ -901,23 +859,17 @@ def reconstruct(images, out, *, tokenizer: str, image_size: int = 256, margin: i
         for _ in reconstructions():
             pass  # it collects rows and errors
         save_images(out, rows, np.arange(len(rows)).repeat(len(rows[0])))
-    psnr = math.inf
-    if sum(errors) > 0:
-        psnr = 10 * np.log10(255**2 * n * 3 * edge**2 / sum(errors))
+    psnr = 10 * np.log10(255**2 * n * 3 * edge**2 / sum(errors))
     print(f"{out}: PSNR {psnr:.2f} dB, {n:,} images")
     return 0
 
 
-# ---- 9. Processes, and the command line
-
+# ---- 9. Processes, and the command line ----------------------------------------------------------
 
 def setup():
-    """-> rank, world_size and device of this process, as torchrun's environment has them
-
-    Raises BadInput if there are more processes than GPUs.
-    """
-    world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    """-> rank, world_size and device of this process, as torchrun's environment has them"""
     rank = 0
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:  # RANK alone means nothing: schedulers set it, and shells keep it
         rank = int(os.environ["RANK"])
     if rank > 0:
@@ -925,10 +877,10 @@ def setup():
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         gpus = torch.cuda.device_count()
         require(processes <= gpus, f"{processes} processes, expected one for each GPU: {gpus}")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
         # As in LlamaGen's scripts: an A100 encodes ImageNet in hours instead of a day.
@@ -944,6 +896,7 @@ def run_program(main, program):
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack the letters of a file's name
         stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    code = 1
     try:
         code = main()
         if dist.is_initialized():
@@ -956,7 +909,6 @@ def run_program(main, program):
         code = 130
     except Exception:
         traceback.print_exc()
-        code = 1
     if dist.is_initialized():  # its tear-down could wait for ranks that wait for this one
         sys.stdout.flush()
         os._exit(code)
@@ -1030,10 +982,7 @@ def main(argv=None):
             else:
                 command.add_flag(name, parameter.annotation, default=default, help=f"or {default}")
     values = parser.flags(argv)
-    run = values.pop("run")
-    require(run is encode or int(os.environ.get("WORLD_SIZE") or 1) == 1,
-            f"{run.__name__} runs in one process, torchrun started several")
-    return run(**values)
+    return values.pop("run")(**values)
 
 
 if __name__ == "__main__":
