@@ -7,7 +7,7 @@ all codes of the next patch (Eq. 3). The same weights are then trained on single
 Sampling is plain next-token prediction. --patches 1 is next-token prediction from the start.
 
 $ python npp.py                                          # minutes on a CPU, ends with pictures
-$ torchrun --nproc_per_node=8 npp.py --model B --data codes/imagenet256           # the paper
+$ torchrun --nproc_per_node=8 -- npp.py --model B --data codes/imagenet256        # the paper
 $ python npp.py --sample out/tiny/ckpt.pt --classes Sandal,Bag --out bags.png
 $ torchrun --nproc_per_node=8 -- npp.py --sample out/B/ckpt.pt --n 50000 --out b.npz
 
@@ -83,10 +83,10 @@ def stage(step, total, patches, lam):
 
 
 def lr_at(step, total, patches, lam, lr, lr_min, warmup, decay_frac):
-    """Learning rate, in each stage afresh (Sec. 4.1): linear warm-up, plateau at lr, linear decay
+    """Learning rate (Sec. 4.1): warm-up, plateau at lr, linear decay. It restarts in each stage.
 
-    warmup is in steps. The decay takes the last decay_frac of the stage. With one more step it
-    would reach lr_min.
+    warmup is in steps. The decay takes the last decay_frac of the stage and stops one step short of
+    lr_min.
     """
     _, first, end = stage(step, total, patches, lam)
     warmup = max(1, min(warmup, (end - first) / 10))        # at most a tenth of the stage
@@ -103,9 +103,9 @@ def rope_2d(h, head_dim, device=None):
     """cos and sin (1 + h*h, head_dim/2, 2) for an h x h grid of patches, class position first
 
     One half of the head turns with the row, the other with the column. Both are counted in patches:
-    row 3 is farther down at p = 2 than at p = 1. The class has cos = sin = 0 (no turn would have
-    cos = 1). So its query and key are 0, and its score before the softmax is 0 at every position:
-    an oddity of LlamaGen that the published weights were trained with.
+    row 3 is farther down at p = 2 than at p = 1. The row of the class is all zeros, not cos = 1 (no
+    turn): its query and key vanish, so its score before the softmax is 0 at every position. An
+    oddity of LlamaGen that the published weights were trained with.
     """
     frequency = 10000 ** -(torch.arange(0, head_dim // 2, 2, device=device) / (head_dim // 2))
     angle = torch.arange(h, device=device)[:, None] * frequency         # (h, head_dim/4)
@@ -139,8 +139,8 @@ class Attention(nn.Module):
         """x (B, S, D) -> (B, S, D), causal
 
         While sampling S = 1: x stands at `position` (1,), its key and value go into the cache
-        (2, B, H, N/K, head_dim), and it attends to the first `length` places where mask (1, length)
-        is True.
+        (2, B, H, N/K, head_dim), and it attends to the first `length` places. mask (1, length)
+        hides those that are not written yet.
         """
         q, k, v = rearrange(self.wqkv(x), "b s (qkv head d) -> qkv b head s d", qkv=3,
                             head=self.n_head)
@@ -256,7 +256,7 @@ class Transformer(nn.Module):
 def choose(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """Draw K codes from each distribution: logits (B, V), uniforms u (B, K) in [0, 1) -> (B, K)
 
-    By the inverse CDF and not torch.multinomial: the same u gives the same code on any machine.
+    By the inverse CDF instead of torch.multinomial, so that u alone decides, up to rounding.
     """
     logits = logits / max(temperature, 1e-5)
     if top_k > 0:
@@ -292,8 +292,8 @@ class CachedModel:
         self.unit = 1
 
     def __call__(self, x, i):
-        length = (i // self.unit + 1) * self.unit       # to read: all that is filled, rounded up
-        mask = (self.positions[:length] <= i)[None]     # hides what is not filled  (1, length)
+        length = (i // self.unit + 1) * self.unit       # how much of the caches to read
+        mask = (self.positions[:length] <= i)[None]     # hides what is not written (1, length)
         position = self.positions[i : i + 1]
         return self.next_logits(x, self.rope[i : i + 1], self.caches, position, mask)
 
@@ -304,8 +304,8 @@ def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, 
     """Draw codes, one position after the other: labels (B,) -> codes (B, N)
 
     Classifier-free guidance takes the logits uncond + cfg_scale * (cond - uncond). noise: uniform
-    numbers (B, N); the same noise gives the same image. p > 1 shows what a patch stage has learned:
-    all K codes of a patch are drawn from one distribution. cached: a CachedModel to use again.
+    numbers (B, N); the same noise gives the same image. p > 1, for the pictures of earlier stages,
+    draws all K codes of a patch from one distribution. cached: a CachedModel to use again.
     Raises BadInput if logits are NaN or infinite.
     """
     was_training = model.training
@@ -373,7 +373,7 @@ class Config:
     dropout: float = 0.1         # on token embeddings, attention and feed-forward outputs
     class_dropout: float = 0.1   # share of labels replaced by the null label, for guidance
     seed: int = 0                # of weights, batches, dropout and samples
-    # No effect beyond rounding and dropout masks, which training amplifies.
+    # These change only rounding and dropout masks; training amplifies both.
     micro_batch: int = 0         # images in one forward; 0: a rank's share, samples 100
     compile: Literal["auto", "true", "false"] = "auto"      # auto: when training on a recent GPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a recent GPU
@@ -479,7 +479,7 @@ def train(cfg, rank, world_size, device):
         wrapped = torch.compile(wrapped, dynamic=False)                 # one graph for each p
     peak_lr = cfg.lr * cfg.batch / 256
     warmup = cfg.warmup_epochs * len(data.codes) / cfg.batch            # in steps
-    # 256 images on 8 ranks: 32 each, with micro_batch 8 in 4 pieces.
+    # batch = ranks x pieces x micro_batch, such as 256 = 8 x 4 x 8; check() refuses a remainder
     local_batch = cfg.batch // world_size
     rows = slice(rank * local_batch, (rank + 1) * local_batch)
     pieces = local_batch // cfg.micro_batch if cfg.micro_batch else 1
@@ -500,7 +500,7 @@ def train(cfg, rank, world_size, device):
 
         done = step + 1
         recorder.losses.append(loss)
-        stop = mean_over_ranks(torch.tensor(float(len(signals)))) > 0   # did any rank get one?
+        stop = mean_over_ranks(torch.tensor(float(len(signals)))) > 0   # on any rank
         evaluate = done == end or done % cfg.eval_every == 0
         if stop or evaluate or done == 1 or done % cfg.log_every == 0:
             recorder.record(done, p, lr, norm, evaluate)
@@ -536,7 +536,7 @@ class Recorder:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         if self.rank == 0:
             if not os.path.exists(f"{cfg.out}/ckpt.pt"):
-                self.save("ckpt.pt", 0)         # another recipe is refused from now on
+                self.save("ckpt.pt", 0)         # the next start compares its flags with these
             with open(f"{cfg.out}/log.jsonl", "w") as f:
                 f.writelines(json.dumps(line) + "\n" for line in log)
             parameters = sum(w.numel() for w in model.parameters())
@@ -550,7 +550,7 @@ class Recorder:
         speed = len(self.losses) * self.cfg.batch / (time.time() - self.window_start)
         self.losses = []
         require(math.isfinite(loss) and math.isfinite(norm), f"the loss is {loss} at step {done}, "
-                f"the gradient norm {norm:g}: try a lower --lr; the last checkpoint is older")
+                f"the gradient norm {norm:g}: try a lower --lr. ckpt.pt was saved before")
         line = {"step": done, "p": p, "loss": loss, "lr": lr, "img_s": round(speed, 1)}
         text = f"step {done:,}  p {p}  loss {loss:.3f}  {speed:,.0f} img/s"
         if evaluate and self.data.val:
@@ -568,7 +568,9 @@ class Recorder:
             print(f"{1 - left / work:4.0%}  {text}  {seconds} left", flush=True)
 
     def save(self, name, done):
-        """A checkpoint, with data.meta (vocab, classes, ...), so that sampling needs no data set"""
+        """step, log, config, model, optimizer and, so that sampling needs no data set, data.meta:
+        vocab, grid, image_size, images, classes (names), tokenizer, tokenizer_sha256
+        """
         if self.rank == 0:
             state = dict(self.data.meta, step=done, log=self.log, config=asdict(self.cfg),
                          model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
@@ -597,7 +599,8 @@ signals = []  # those that came while training
 
 
 def stop_after_step(number, frame):
-    """Handles Ctrl-C and SIGTERM in training. A second one of a kind ends the program at once."""
+    """Handles Ctrl-C and SIGTERM in training. The same signal again ends the program at once."""
+    print("stopping after this step")
     signals.append(number)
     signal.signal(number, signal.default_int_handler)
 
@@ -662,11 +665,14 @@ def resume(cfg, meta, model, optimizer):
         table = "cls_embedding.embedding_table.weight"
         if len(weights[table]) != model.classes + 1:                    # other classes: start anew
             weights[table] = model.state_dict()[table]
-        model.load_state_dict(weights)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise BadInput(f"{cfg.init}: not weights of --model {cfg.model} ({error})") from None
     # All ranks wait here, so rank 0 does not write the file before all have looked for it.
-    mean = mean_over_ranks(torch.tensor(float(step))).item()
-    require(mean == step, f"{path}: step {step} on this rank, {mean:g} on average, expected one "
-            "file for all ranks")
+    mean = mean_over_ranks(torch.tensor(step, dtype=torch.float64)).item()
+    require(mean == step, f"{path}: ranks see different checkpoints, this one step {step}. Is the "
+            "folder shared?")
     if step == cfg.steps:
         print(f"{cfg.out} is finished after {step:,} steps. To train its weights further, give "
               f"--init {shlex.quote(path)} and another --out")
@@ -678,8 +684,8 @@ def resume(cfg, meta, model, optimizer):
 def load_model(path, grid=None):
     """A Transformer in eval mode; model.meta is what the file tells of its data. Raises BadInput.
 
-    Published checkpoints of LlamaGen and NPP tell neither heads nor grid. Then a head is taken to
-    be 64 wide (100 in 3B), and the grid 16 codes per side; sample() asks --image_size.
+    Published checkpoints of LlamaGen and NPP record neither heads nor grid. A head is then 64 wide
+    (100 in 3B), and the grid is 16 codes per side; sample() takes it from --image_size.
     """
     with reading(path, "a transformer of LlamaGen or NPP") as saved:
         state = saved                                   # the weights themselves, or under a name
@@ -708,7 +714,7 @@ def load_model(path, grid=None):
 
 
 def compile_steps(cached):
-    """Replay a CachedModel's steps as CUDA graphs: Python launches kernels slower than they run"""
+    """Let a CachedModel replay CUDA graphs: to launch the kernels from Python takes longer"""
     # Each length that is read from the caches is a graph of its own, so there are four.
     cached.unit = math.ceil(len(cached.positions) / 4)
     cached.next_logits = torch.compile(cached.next_logits, mode="reduce-overhead", dynamic=False)
@@ -725,13 +731,13 @@ def noise_of(seed, numbers, length):
 def draw(model, tokenizer, labels, cfg, p=1, rank=0, world_size=1):
     """labels (n,) -> chunks of uint8 images (b, S, S, 3), in order; every rank gets those of all
 
-    All chunks have one size, as a compiled model wants it. So the last ones are filled up with
-    images from the start, which are cut off: of 7 images in chunks of 2 on 2 ranks, rank 0 draws
-    0 1 and 4 5, rank 1 draws 2 3 and 6 0.
+    All chunks have one size, as a compiled model has. So the last ones are filled up with images
+    from the start, which are cut off: of 7 images in chunks of 2 on 2 ranks, rank 0 draws 0 1 and
+    4 5, rank 1 draws 2 3 and 6 0.
     """
     weight = model.output.weight
     n = len(labels)
-    sequences = 1 if cfg.cfg_scale == 1 else 2          # of an image
+    sequences = 1 if cfg.cfg_scale == 1 else 2          # per image
     chunk = cfg.micro_batch
     if chunk == 0:  # up to 100, with at most 8 GiB of keys and values
         keys = len(model.layers) * (model.grid // p) ** 2 * weight.shape[1]
@@ -760,15 +766,15 @@ def draw(model, tokenizer, labels, cfg, p=1, rank=0, world_size=1):
 def sample(cfg, rank, world_size, device, p=1):
     """Draw samples from the checkpoint cfg.sample into cfg.out -> exit code
 
-    Classes come in turn, n / classes times each, as in ADM's reference. With --classes random, as
-    in LlamaGen's protocol, their shares differ from seed to seed, and so do the scores.
+    Labels cycle through the classes, as in ADM's reference. With --classes random, as in LlamaGen's
+    protocol, the shares of the classes differ from seed to seed, and so do the scores.
     """
     model = load_model(cfg.sample)
     names = model.meta["classes"]
     path = cfg.tokenizer if cfg.tokenizer else str(model.meta["tokenizer"])
     require(os.path.exists(path), f"tokenizer {path} not found; pass its path with --tokenizer")
     tokenizer = load_tokenizer(path, device, model.meta)
-    if model.meta["grid"] is None:  # our own checkpoints tell
+    if model.meta["grid"] is None:  # our own checkpoints record it
         check_image_size(cfg.image_size, tokenizer)
         model.grid = cfg.image_size // tokenizer.factor
     model.to(device, getattr(torch, cfg.dtype))
@@ -801,7 +807,7 @@ def parse(argv):
     values = {}
     if given.get("model", "tiny") == "tiny":
         values.update(TINY)
-    if "epochs" in given:  # it replaces tiny's steps, and --steps replaces both
+    if "epochs" in given:  # overrides tiny's steps; --steps overrides both
         values["steps"] = 0
     cfg = Config(**(values | given))
     for name in ("batch", "log_every", "eval_every", "clip"):
