@@ -35,7 +35,7 @@ import traceback
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import is_dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Literal, get_args
@@ -834,13 +834,12 @@ def reconstruct(images, out, *, tokenizer: str, image_size: int = 256, margin: i
     check_output(out)
     model = load_tokenizer(tokenizer, device)
     check_image_size(image_size, model)
-    edge = image_size - 2 * margin
-    require(edge > 0, f"--margin is {margin}, expected less than half of --image_size")
-    inside = slice(margin, margin + edge)
+    require(2 * margin < image_size, f"--margin is {margin}, expected less than half the image")
+    inside = slice(margin, image_size - margin)
     source = Images(images, [image_size])
     n = len(source.items)
     rows = []  # of the picture
-    errors = []
+    errors = []  # of each image
 
     def reconstructions():
         for items in source.read(np.split(np.arange(n), range(16, n, 16))):
@@ -848,7 +847,7 @@ def reconstruct(images, out, *, tokenizer: str, image_size: int = 256, margin: i
             before = np.stack([item[0] for item in items])
             after = to_uint8(model.decode(model.encode(from_uint8(before).to(device))))
             difference = before.astype(float) - after
-            errors.append(np.square(difference[:, inside, inside]).sum())
+            errors.extend(np.square(difference[:, inside, inside]).mean(axis=(1, 2, 3)))
             if not rows or (len(rows) < 6 and len(before) >= 10):
                 rows.extend([before[:10], after[:10]])
             yield after
@@ -859,7 +858,7 @@ def reconstruct(images, out, *, tokenizer: str, image_size: int = 256, margin: i
         for _ in reconstructions():
             pass  # it collects rows and errors
         save_images(out, rows, np.arange(len(rows)).repeat(len(rows[0])))
-    psnr = 10 * np.log10(255**2 * n * 3 * edge**2 / sum(errors))
+    psnr = 10 * np.log10(255**2 / np.mean(errors))
     print(f"{out}: PSNR {psnr:.2f} dB, {n:,} images")
     return 0
 
@@ -927,23 +926,6 @@ class Parser(argparse.ArgumentParser):
         style = argparse.RawDescriptionHelpFormatter
         super().__init__(*names, **options, allow_abbrev=False, formatter_class=style)
 
-    def add_flag(self, name, kind, **options):
-        """kind: int, float, str, tuple (of numbers), or a Literal of its choices"""
-        choices = get_args(kind)
-        if choices:
-            self.add_argument(f"--{name}", choices=choices, **options)
-        else:
-            self.add_argument(f"--{name}", type=numbers if kind is tuple else kind, **options)
-
-    def flags(self, argv):
-        """-> dict of the values in argv. Numbers must be at least 0 and below 2^31."""
-        values = vars(self.parse_args(argv))
-        for name, value in values.items():
-            if isinstance(value, (int, float, tuple)):  # NaN is in no range
-                require(0 <= np.min(value) and np.max(value) < 2**31,
-                        f"--{name} is {value}, expected at least 0 and below 2^31")
-        return values
-
     def error(self, message):
         raise BadInput(message)
 
@@ -953,36 +935,45 @@ def numbers(text):
     return tuple(float(x) if "." in x else int(x) for x in text.split(","))
 
 
-def parse_flags(program, text, config, argv):
-    """Command line -> dict of the given flags; each field of the dataclass `config` is one
+def parse_flags(program, text, target, argv):
+    """Command line -> dict of what it gives of the arguments of `target`, a function or dataclass
 
-    --help prints the text. Raises BadInput.
+    Arguments with a type are flags: int, float, str, tuple (of numbers), or a Literal of choices.
+    Numbers must be at least 0 and below 2^31. --help prints the text. Raises BadInput.
     """
-    parser = Parser(program, "%(prog)s [--FLAG VALUE ...]", text)
-    for field in fields(config):
-        parser.add_flag(field.name, field.type, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    return parser.flags(argv)
+    parser = Parser(program, description=text)
+    for name, parameter in inspect.signature(target).parameters.items():
+        kind = parameter.annotation
+        if kind is parameter.empty:
+            parser.add_argument(name)
+            continue
+        required = parameter.default is parameter.empty
+        about = "required" if required else f"default: {parameter.default}"
+        if is_dataclass(target):  # its source is in the text
+            about = argparse.SUPPRESS
+        options = {"required": required, "default": argparse.SUPPRESS, "help": about}
+        if get_args(kind):
+            parser.add_argument(f"--{name}", choices=get_args(kind), **options)
+        else:
+            parser.add_argument(f"--{name}", type=numbers if kind is tuple else kind, **options)
+
+    values = vars(parser.parse_args(argv))
+    for name, value in values.items():
+        if isinstance(value, (int, float, tuple)):  # NaN is in no range
+            require(0 <= np.min(value) and np.max(value) < 2**31,
+                    f"--{name} is {value}, expected at least 0 and below 2^31")
+    return values
 
 
 def main(argv=None):
     """-> exit code. Raises BadInput."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {run.__name__: run for run in (train, encode, show, reconstruct)}
     parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND",
-                                     help="COMMAND --help lists its flags")
-    for run in (train, encode, show, reconstruct):
-        text = inspect.getdoc(run)
-        command = commands.add_parser(run.__name__, help=text.splitlines()[0], description=text)
-        command.set_defaults(run=run)
-        for name, parameter in inspect.signature(run).parameters.items():
-            default = parameter.default
-            if parameter.kind is not parameter.KEYWORD_ONLY:
-                command.add_argument(name)
-            elif default is parameter.empty:
-                command.add_flag(name, parameter.annotation, required=True)
-            else:
-                command.add_flag(name, parameter.annotation, default=default, help=f"or {default}")
-    values = parser.flags(argv)
-    return values.pop("run")(**values)
+    parser.add_argument("command", choices=commands, help="COMMAND --help lists its flags")
+    name = parser.parse_args(argv[:1]).command
+    run = commands[name]
+    return run(**parse_flags(f"tokenizer.py {name}", inspect.getdoc(run), run, argv[1:]))
 
 
 if __name__ == "__main__":
