@@ -74,7 +74,7 @@ def expecting(path, what):
 
 @contextmanager
 def reading(path, what):
-    """Yield what a .pt file holds, tensors on the CPU. No code in it is run. As `expecting`."""
+    """Yield what a .pt file holds, tensors on the CPU; no code in it is run. Errors as above."""
     with expecting(path, f"{what} in a .pt file"):
         is_zip = zipfile.is_zipfile(path)
         if is_zip:  # torch.load does not notice a flipped bit

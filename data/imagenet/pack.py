@@ -4,6 +4,9 @@
 
 LLAMAGEN_CODES holds imagenet{SIZE}_codes/{i}.npy (1, views, N) and imagenet{SIZE}_labels/{i}.npy
 (1,). A folder ..._ten_crop is followed by the views of ..._ten_crop_105 beside it, if there is one.
+
+The classes are called 0, 1, 2, ... Before `tokenizer.py encode --split val` adds class folders, put
+their names into DATA/meta.json.
 """
 
 import io
