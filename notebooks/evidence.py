@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import bench  # noqa: E402
 import fid  # noqa: E402
 import npp  # noqa: E402
-from tokenizer import Codes, Parser, integers, require, run_program  # noqa: E402
+from tokenizer import Codes, Parser, numbers, require, run_program  # noqa: E402
 
 RESULTS = ROOT / "notebooks" / "evidence.jsonl"
 OUT = ROOT / "out" / "evidence"
@@ -241,7 +241,7 @@ def main(argv=None):
     flag = parser.add_argument
     flag("command", choices=("run", "report"))
     flag("--only", default=",".join(RUNS), help="runs, comma-separated")
-    flag("--seeds", type=integers, default=(0, 1, 2))
+    flag("--seeds", type=numbers, default=(0, 1, 2))
     flag("--data", default="data/fashion", help="folder of codes, relative to the repository")
     flag("--size", default="tiny", help="of the model")
     flag("--steps", type=int, default=1200, help="fewer in runs at equal cost")
