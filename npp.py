@@ -469,9 +469,9 @@ def train(cfg, rank, world_size, device):
     check(cfg, data, world_size)
     model, optimizer = build(cfg, data.meta, device)
     first, log = resume(cfg, data.meta, model, optimizer)
+    recorder = Recorder(cfg, data, model, optimizer, first, log)
     if first == cfg.steps:
-        return 0                                                        # finished, says resume()
-    recorder = Recorder(cfg, data, model, optimizer, log)
+        return 0                                                        # the run is finished
     wrapped = model
     if world_size > 1:  # every p uses every parameter, so DDP never waits for a missing gradient
         wrapped = nn.parallel.DistributedDataParallel(model)
@@ -526,7 +526,7 @@ class Recorder:
     log: the lines so far. The checkpoint holds them too, so log.jsonl is written anew on resume.
     """
 
-    def __init__(self, cfg, data, model, optimizer, log):
+    def __init__(self, cfg, data, model, optimizer, first, log):
         self.cfg = cfg
         self.data = data
         self.model = model
@@ -534,14 +534,17 @@ class Recorder:
         self.log = log
         self.losses = []                        # of the steps since the last line
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        if self.rank == 0:
-            if not os.path.exists(f"{cfg.out}/ckpt.pt"):
+        if self.rank == 0 and first < cfg.steps:
+            if first == 0:
                 self.save("ckpt.pt", 0)         # the next start compares its flags with these
             with open(f"{cfg.out}/log.jsonl", "w") as f:
                 f.writelines(json.dumps(line) + "\n" for line in log)
             parameters = sum(w.numel() for w in model.parameters())
             print(f"{cfg.model}, {parameters:,} parameters; {data.meta['images']:,} images; "
                   f"{cfg.steps:,} steps; in {cfg.out}", flush=True)
+        for p, _, end in stages(cfg.steps, cfg.patches, cfg.lam):
+            if end <= first and not os.path.exists(self.picture(p)):
+                self.sample(p)                  # a kill came between ckpt.pt and the picture
         self.window_start = time.time()
 
     def record(self, done, p, lr, norm, evaluate):
@@ -576,11 +579,13 @@ class Recorder:
                          model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
             replace_file(f"{self.cfg.out}/{name}", partial(torch.save, state))
 
+    def picture(self, p):
+        return f"{self.cfg.out}/samples.png" if p == 1 else f"{self.cfg.out}/samples_p{p}.png"
+
     def sample(self, p):
-        """Ten samples of each class from ckpt.pt: those of --sample, but drawn at this stage's p"""
+        """Ten samples of each class, as --sample draws them, but at the p of the stage"""
         if self.rank == 0:
-            name = "samples.png" if p == 1 else f"samples_p{p}.png"
-            cfg = replace(self.cfg, sample=f"{self.cfg.out}/ckpt.pt", out=f"{self.cfg.out}/{name}",
+            cfg = replace(self.cfg, sample=f"{self.cfg.out}/ckpt_p{p}.pt", out=self.picture(p),
                           micro_batch=0, compile="false")
             try:
                 sample(cfg, 0, 1, self.model.output.weight.device, p)
