@@ -727,6 +727,12 @@ def test_own_images_become_codes_pictures_and_samples(own, published, tmp_path, 
         # Ten of each class: 16 pixels and a line between two images, all four times as large
         assert Image.open(out / name).size == (676, 132)
 
+    # A kill may come between a checkpoint and its picture.
+    picture = (out / "samples_p2.png").read_bytes()
+    os.remove(out / "samples_p2.png")
+    assert train(own / "data", out, steps=4) == 0
+    assert (out / "samples_p2.png").read_bytes() == picture
+
     sample = flags(sample=out / "ckpt.pt")
     assert npp.main(sample + flags(n=5, out=tmp_path / "a.npz")) == 0
     assert np.load(tmp_path / "a.npz")["arr_0"].shape == (5, 16, 16, 3)
