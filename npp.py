@@ -215,10 +215,10 @@ class Transformer(nn.Module):
         return self.cls_embedding["embedding_table"](labels)[:, None]   # (B, 1, D)
 
     def embed_patches(self, codes, p):
-        # Another way to aggregate a patch goes here. It gets codes (B, N), and while sampling those of
-        # one patch (B, K). At p = 1 it should change nothing. Create its weights at the end of
-        # __init__, so that the others start as before. Checkpoints without them, published ones too,
-        # no longer load. Where a stage leaves some unused, DDP needs find_unused_parameters=True.
+        # Another way to aggregate a patch goes here. It gets codes (B, N), in sampling those of one
+        # patch (B, K). At p = 1 it should change nothing. Its weights belong at the end of
+        # __init__, so that the others start as before. Checkpoints without them no longer load,
+        # published ones too. A stage that leaves some unused needs DDP's find_unused_parameters.
         return patchify(self.tok_embeddings(codes), p)                  # (B, N/K, D)
 
     def forward(self, codes, labels, p=1, loss=False):
