@@ -375,6 +375,9 @@ def read_statistics(path, net):
 def extract(net, path, batch=64):
     """Images at a path -> features (n, d) in order, [(mu, cov)] of each output. Raises BadInput."""
     features = []
+    # Ten bits of mantissa would show in the results, and npp.py may have switched TF32 on.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
     moments = [Moments(d, net.device) for d in net.widths]
     reader = read_images(path)
     images = list(islice(reader, batch))
@@ -426,9 +429,9 @@ def real_against_real(features, n, mu, cov):
 def evaluate(net, samples, reference):
     """Score the samples at a path -> dict of results, in the order to print. Raises BadInput."""
     given, has_images = read_statistics(reference, net)
-    features, statistics = extract(net, samples)
-    if has_images:
+    if has_images:  # the reference first: what is wrong with it is found before the long part
         real_features, real_statistics = extract(net, reference)
+    features, statistics = extract(net, samples)
     n = len(features)
     report = {"features": net.names[0], "sha256": net.sha256, "d": net.widths[0], "n": n}
     expected = given if given else real_statistics
@@ -468,7 +471,6 @@ def main(argv=None):
     default = beside if os.path.exists(beside) else WEIGHTS
     weights = args.weights if args.weights else default
 
-    torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa would show in the results
     net = load_network(weights, "cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(net, Inception) and net.sha256 != WEIGHTS_SHA256:
         print(f"warning: {weights} is not {WEIGHTS}, sha256 {WEIGHTS_SHA256}", file=sys.stderr)
@@ -480,7 +482,7 @@ def main(argv=None):
         print(json.dumps(report))
         return
     for name, value in report.items():
-        text = value if isinstance(value, str) else f"{value:.6g}"
+        text = f"{value:.6g}" if isinstance(value, float) else value
         print(f"{name:24} {text}")
 
 

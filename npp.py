@@ -605,7 +605,6 @@ signals = []  # those that came while training
 
 def stop_after_step(number, frame):
     """Handles Ctrl-C and SIGTERM in training. The same signal again ends the program at once."""
-    print("stopping after this step")
     signals.append(number)
     signal.signal(number, signal.default_int_handler)
 

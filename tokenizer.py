@@ -380,6 +380,7 @@ class Images:
     def __init__(self, source, sizes):
         self.source = source
         self.sizes = sizes
+        require(os.path.exists(source), f"{source}: not found, expected a folder or an .npz")
         read = read_folder if os.path.isdir(source) else read_npz
         self.items, self.labels, self.classes = read(source)
         require(len(self.items) > 0, f"{source}: no images, expected one sub-folder per class")
@@ -598,16 +599,19 @@ SUFFIX = {"train": "", "val": "_val"}  # of the names of a split's files
 
 
 def check_new(folder, split):
-    """Raises BadInput if the split is there, told by the file that `publish` writes last"""
-    path = f"{folder}/meta.json" if split == "train" else f"{folder}/codes_val.npy"
-    require(not os.path.exists(path), f"{path} exists; delete the data set or choose another one")
+    """Raises BadInput if the split is there, or a val split that a new train split would not fit"""
+    paths = [f"{folder}/codes_val.npy"]
+    if split == "train":
+        paths.append(f"{folder}/meta.json")
+    for path in paths:
+        require(not os.path.exists(path), f"{path} exists; delete it or choose another folder")
 
 
 def check_classes(source, labels, classes):
     """Raises BadInput for a class without images: its samples would show nothing"""
     images = np.bincount(labels, minlength=len(classes))
     empty = [classes[i] for i in np.flatnonzero(images == 0)]
-    require(not empty, f"{source}: no readable images of class {', '.join(empty[:9])}")
+    require(not empty, f"{source}: no images of class {', '.join(empty[:9])}")
 
 
 def publish(folder, split, meta, codes, labels, tokenizer):
@@ -642,10 +646,10 @@ class Codes:
         path = os.path.join(folder, "meta.json")
         with expecting(path, "what encode writes"), open(path) as file:
             self.meta = json.load(file)
-        if tokenizer:
-            self.meta["tokenizer"] = tokenizer
-        elif self.meta["tokenizer"]:
-            self.meta["tokenizer"] = os.path.join(folder, self.meta["tokenizer"])
+            if tokenizer:
+                self.meta["tokenizer"] = tokenizer
+            elif self.meta["tokenizer"]:
+                self.meta["tokenizer"] = os.path.join(folder, self.meta["tokenizer"])
         self.codes, self.labels = self.open(folder, "train")
         check_classes(folder, self.labels, self.meta["classes"])
         self.meta["images"] = len(self.codes)
@@ -732,6 +736,7 @@ def encode(images, out, *, tokenizer: str, image_size: int = 256,
     """
     rank, world_size, device = setup()
     check_new(out, split)
+    check_output(f"{out}/meta.json")
     sizes = [image_size]
     if views == "ten_crop":
         require(split == "train", "--views is ten_crop, expected center or one for val")
@@ -813,7 +818,8 @@ def show(data, out, *, tokenizer: str = "", split: Literal["train", "val"] = "tr
     model = load_tokenizer(stored.meta["tokenizer"], device, stored.meta)
 
     names = stored.meta["classes"]
-    classes = class_numbers("", names, 10).tolist()
+    present = np.unique(pair[1])  # a validation split may lack classes
+    classes = present[class_numbers("", present, 10)]
     chosen = [np.flatnonzero(pair[1] == label)[:10] for label in classes]
     codes, labels = stored.read(pair, np.concatenate(chosen))
     save_images(out, [model.pixels(row.to(device)) for row in codes.split(10)], labels)
