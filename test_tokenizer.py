@@ -418,6 +418,26 @@ def test_killed_encode_continues_on_two_ranks_to_the_codes_of_one(tmp_path, smal
         assert path.read_bytes() == (killed / path.name).read_bytes()
 
 
+RANK_1_ON_A_FULL_DISK = """
+import os, resource, tokenizer
+if os.environ["RANK"] == "1":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+tokenizer.run_program(tokenizer.main, "tokenizer.py")
+"""
+
+
+def test_rank_that_fails_alone_ends_encode(tmp_path, small):
+    images = image_file(tmp_path / "x.npz", random_images(300))
+    arguments = encoding(images, tmp_path / "data", small, views="one")
+    other, failing = start_two_ranks("-c", RANK_1_ON_A_FULL_DISK, *arguments)
+    _, errors = failing.communicate(timeout=60)
+    assert failing.returncode == 2
+    assert errors.count("\n") == 1
+    assert "cannot be written" in errors
+    assert other.wait(60) != 0
+    assert not (tmp_path / "data" / "meta.json").exists()
+
+
 def test_replaced_images_have_another_fingerprint(tmp_path, images):
     def fingerprint():
         return tokenizer.Images(str(images), [16]).fingerprint()
