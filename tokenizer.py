@@ -769,7 +769,7 @@ def encode(images, out, *, tokenizer: str, image_size: int = 256,
         labels = source.labels[chunks[i]]
         readable = labels >= 0
         replace_file(paths[i], partial(np.savez, codes=codes[readable], labels=labels[readable]))
-        print(f"image {chunks[i][-1] + 1:,} of {n:,}", end="\r", flush=True)
+        print(f"image {chunks[i][-1] + 1:,} of {n:,}", flush=True)
     if world_size > 1:
         dist.all_reduce(torch.zeros(1))  # waits for all; on the CPU it fails if a rank has ended
     if rank > 0:
