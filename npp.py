@@ -85,8 +85,8 @@ def stage(step, total, patches, lam):
 def lr_at(step, total, patches, lam, lr, lr_min, warmup, decay_frac):
     """Learning rate (Sec. 4.1): warm-up, plateau at lr, linear decay. It restarts in each stage.
 
-    warmup is in steps. The decay takes the last decay_frac of the stage and stops one step short of
-    lr_min.
+    warmup is in steps. The decay fills the last decay_frac of the stage; lr_min would be reached
+    one step after its end.
     """
     _, first, end = stage(step, total, patches, lam)
     warmup = max(1, min(warmup, (end - first) / 10))        # at most a tenth of the stage
@@ -103,9 +103,9 @@ def rope_2d(h, head_dim, device=None):
     """cos and sin (1 + h*h, head_dim/2, 2) for an h x h grid of patches, class position first
 
     One half of the head turns with the row, the other with the column. Both are counted in patches:
-    row 3 is farther down at p = 2 than at p = 1. The row of the class is all zeros, not cos = 1 (no
-    turn): its query and key vanish, so its score before the softmax is 0 at every position. An
-    oddity of LlamaGen that the published weights were trained with.
+    row 3 is farther down at p = 2 than at p = 1. The row of the class is zero (cos = 1 would be no
+    turn), so its query and key are 0: it attends uniformly, and its score is 0 at every position.
+    LlamaGen's published weights were trained this way.
     """
     frequency = 10000 ** -(torch.arange(0, head_dim // 2, 2, device=device) / (head_dim // 2))
     angle = torch.arange(h, device=device)[:, None] * frequency         # (h, head_dim/4)
@@ -138,9 +138,9 @@ class Attention(nn.Module):
     def forward(self, x, rope, cache=None, position=None, mask=None):
         """x (B, S, D) -> (B, S, D), causal
 
-        While sampling S = 1: x stands at `position` (1,), its key and value go into the cache
-        (2, B, H, N/K, head_dim), and it attends to the first `length` places. mask (1, length)
-        hides those that are not written yet.
+        While sampling S = 1: key and value of x go into the cache (2, B, H, N/K, head_dim) at
+        `position` (1,), and x attends to as many places of it as mask (1, length) has, except those
+        that mask hides as not yet written.
         """
         q, k, v = rearrange(self.wqkv(x), "b s (qkv head d) -> qkv b head s d", qkv=3,
                             head=self.n_head)
@@ -215,10 +215,10 @@ class Transformer(nn.Module):
         return self.cls_embedding["embedding_table"](labels)[:, None]   # (B, 1, D)
 
     def embed_patches(self, codes, p):
-        # Another way to aggregate a patch goes here. It gets codes (B, N), in sampling those of one
-        # patch (B, K). At p = 1 it should change nothing. Its weights belong at the end of
-        # __init__, so that the others start as before. Checkpoints without them no longer load,
-        # published ones too. A stage that leaves some unused needs DDP's find_unused_parameters.
+        # Another way to aggregate a patch goes here. It must see only its own patch, as sampling
+        # has no other, and change nothing at p = 1. Its weights belong at the end of __init__, so
+        # that the others start as before; checkpoints without them no longer load. As p = 1 leaves
+        # them unused, DDP (in train) needs find_unused_parameters=True.
         return patchify(self.tok_embeddings(codes), p)                  # (B, N/K, D)
 
     def forward(self, codes, labels, p=1, loss=False):
@@ -250,8 +250,6 @@ class Transformer(nn.Module):
 
 
 # ---- 4. Sampling: plain next-token prediction ----------------------------------------------------
-# In the last stage, p = 1, the average of a patch is the embedding of its one code, as in a model
-# that never saw patches.
 
 def choose(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """Draw K codes from each distribution: logits (B, V), uniforms u (B, K) in [0, 1) -> (B, K)
@@ -303,10 +301,11 @@ def generate(model, labels, cfg_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, 
              cached=None):
     """Draw codes, one position after the other: labels (B,) -> codes (B, N)
 
-    Classifier-free guidance takes the logits uncond + cfg_scale * (cond - uncond). noise: uniform
-    numbers (B, N); the same noise gives the same image. p > 1, for the pictures of earlier stages,
-    draws all K codes of a patch from one distribution. cached: a CachedModel to use again.
-    Raises BadInput if logits are NaN or infinite.
+    All samples use p = 1, where K = 1 and patchify, patch_targets and the last rearrange change
+    nothing: this is the usual loop. p > 1 only draws the pictures of earlier stages, all K codes of
+    a patch from one distribution. Classifier-free guidance takes the logits
+    uncond + cfg_scale * (cond - uncond). noise: uniform numbers (B, N); the same noise gives the
+    same image. cached: a CachedModel to use again. Raises BadInput if logits are NaN or infinite.
     """
     was_training = model.training
     model.eval()
@@ -374,7 +373,7 @@ class Config:
     class_dropout: float = 0.1   # share of labels replaced by the null label, for guidance
     seed: int = 0                # of weights, batches, dropout and samples
     # These change only rounding and dropout masks; training amplifies both.
-    micro_batch: int = 0         # images in one forward; 0: a rank's share, samples 100
+    micro_batch: int = 0         # images per forward; 0: a rank's share, in sampling up to 100
     compile: Literal["auto", "true", "false"] = "auto"      # auto: when training on a recent GPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a recent GPU
     log_every: int = 100         # steps between lines of log.jsonl
@@ -571,8 +570,8 @@ class Recorder:
             print(f"{1 - left / work:4.0%}  {text}  {seconds} left", flush=True)
 
     def save(self, name, done):
-        """step, log, config, model, optimizer and, so that sampling needs no data set, data.meta:
-        vocab, grid, image_size, images, classes (names), tokenizer, tokenizer_sha256
+        """A checkpoint: step, log, config, model, optimizer, and data.meta (vocab, grid, image_size,
+        images, classes, tokenizer, tokenizer_sha256), so that sampling needs no data set
         """
         if self.rank == 0:
             state = dict(self.data.meta, step=done, log=self.log, config=asdict(self.cfg),
@@ -583,10 +582,10 @@ class Recorder:
         return f"{self.cfg.out}/samples.png" if p == 1 else f"{self.cfg.out}/samples_p{p}.png"
 
     def sample(self, p):
-        """Ten samples of each class, as --sample draws them, but at the p of the stage"""
+        """Ten samples of up to ten classes, as --sample draws them, but at the p of the stage"""
         if self.rank == 0:
             cfg = replace(self.cfg, sample=f"{self.cfg.out}/ckpt_p{p}.pt", out=self.picture(p),
-                          micro_batch=0, compile="false")
+                          n=0, micro_batch=0, compile="false")
             try:
                 sample(cfg, 0, 1, self.model.output.weight.device, p)
             except (BadInput, RuntimeError) as error:  # out of memory, say: training goes on
@@ -667,7 +666,7 @@ def resume(cfg, meta, model, optimizer):
     elif cfg.init:
         weights = load_model(cfg.init).state_dict()
         table = "cls_embedding.embedding_table.weight"
-        if len(weights[table]) != model.classes + 1:                    # other classes: start anew
+        if len(weights[table]) != model.classes + 1:                    # another number of classes
             weights[table] = model.state_dict()[table]
         try:
             model.load_state_dict(weights)
@@ -719,7 +718,7 @@ def load_model(path, grid=None):
 
 def compile_steps(cached):
     """Let a CachedModel replay CUDA graphs: to launch the kernels from Python takes longer"""
-    # Each length that is read from the caches is a graph of its own, so there are four.
+    # Each length that is read from the caches is a graph of its own, so there are at most four.
     cached.unit = math.ceil(len(cached.positions) / 4)
     cached.next_logits = torch.compile(cached.next_logits, mode="reduce-overhead", dynamic=False)
     for cache in cached.caches:  # a graph reads and writes the same memory each time
@@ -733,11 +732,11 @@ def noise_of(seed, numbers, length):
 
 
 def draw(model, tokenizer, labels, cfg, p=1, rank=0, world_size=1):
-    """labels (n,) -> chunks of uint8 images (b, S, S, 3), in order; every rank gets those of all
+    """labels (n,) -> chunks of uint8 images (b, H, W, 3), in order; every rank gets those of all
 
-    All chunks have one size, as a compiled model has. So the last ones are filled up with images
-    from the start, which are cut off: of 7 images in chunks of 2 on 2 ranks, rank 0 draws 0 1 and
-    4 5, rank 1 draws 2 3 and 6 0.
+    Every chunk has the same size, because a compiled model accepts only one. The last ones are
+    padded with images from the start, and the padding is cut off: of 7 images in chunks of 2 on 2
+    ranks, rank 0 draws 0 1 and 4 5, rank 1 draws 2 3 and 6 0.
     """
     weight = model.output.weight
     n = len(labels)
@@ -830,8 +829,8 @@ def parse(argv):
 
 def main(argv=None):
     """-> exit code: 0, or 130 after a signal. Raises BadInput."""
-    cfg = parse(argv)
     rank, world_size, device = setup()
+    cfg = parse(argv)
     if cfg.sample:
         return sample(cfg, rank, world_size, device)
     if __name__ == "__main__":
