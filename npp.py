@@ -570,7 +570,7 @@ class Recorder:
             print(f"{1 - left / work:4.0%}  {text}  {seconds} left", flush=True)
 
     def save(self, name, done):
-        """A checkpoint: step, log, config, model, optimizer, and data.meta (vocab, grid, image_size,
+        """A checkpoint: step, log, config, model, optimizer, data.meta (vocab, grid, image_size,
         images, classes, tokenizer, tokenizer_sha256), so that sampling needs no data set
         """
         if self.rank == 0:
