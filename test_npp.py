@@ -601,6 +601,7 @@ import os, runpy, signal, sys
 sys.modules["fcntl"] = None
 del signal.SIGHUP
 del os.fork
+import fid, tokenizer
 try:
     runpy.run_path("npp.py", run_name="__main__")
 except SystemExit as error:
