@@ -218,7 +218,8 @@ class Transformer(nn.Module):
         # Another way to aggregate a patch goes here. It must see only its own patch, as sampling
         # has no other, and change nothing at p = 1. Its weights belong at the end of __init__, so
         # that the others start as before; checkpoints without them no longer load. As p = 1 leaves
-        # them unused, DDP (in train) needs find_unused_parameters=True.
+        # them unused, DDP (in train) needs find_unused_parameters=True. If their shapes depend on
+        # p, build() and load_model() must pass the patches to __init__.
         return patchify(self.tok_embeddings(codes), p)                  # (B, N/K, D)
 
     def forward(self, codes, labels, p=1, loss=False):
