@@ -334,9 +334,10 @@ def load_tokenizer(path, device="cpu", meta=None):
     if meta:
         vocab = meta.get("vocab")
         require(vocab in (None, codebook_size), f"{path}: {codebook_size} codes, expected {vocab}")
-        digest = meta.get("tokenizer_sha256")
-        require(digest in (None, sha256(path)), f"{path}: sha256 {sha256(path)}, but another "
-                                                f"tokenizer made the codes, sha256 {digest}")
+        digest = sha256(path)
+        expected = meta.get("tokenizer_sha256")
+        require(expected in (None, digest), f"{path}: sha256 {digest}, but another tokenizer made "
+                                            f"the codes, sha256 {expected}")
     return model.to(device).eval()
 
 
