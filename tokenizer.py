@@ -972,15 +972,20 @@ def parse_flags(program, text, target, argv):
     return values
 
 
-def main(argv=None):
-    """-> exit code. Raises BadInput."""
+def run_command(program, text, functions, argv):
+    """Call the function that the first word names, its arguments are flags -> what it returns"""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {run.__name__: run for run in (train, encode, show, reconstruct)}
-    parser = Parser(description=__doc__)
+    commands = {function.__name__: function for function in functions}
+    parser = Parser(program, description=text)
     parser.add_argument("command", choices=commands, help="COMMAND --help lists its flags")
     name = parser.parse_args(argv[:1]).command
     run = commands[name]
-    return run(**parse_flags(f"tokenizer.py {name}", inspect.getdoc(run), run, argv[1:]))
+    return run(**parse_flags(f"{program} {name}", inspect.getdoc(run), run, argv[1:]))
+
+
+def main(argv=None):
+    """-> exit code. Raises BadInput."""
+    return run_command("tokenizer.py", __doc__, (train, encode, show, reconstruct), argv)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,14 @@
 """What Next Patch Prediction costs: counted, and measured on this machine
 
-$ python notebooks/bench.py plan --model XXL --patches 8,4,2,1    # counts, trains nothing
-$ python notebooks/bench.py                                       # about a minute on a CPU
-$ python notebooks/bench.py --size B --batch 128 --peer CLONE     # a GPU, beside the official code
-
-CLONE is a checkout of PKU-YuanGroup/Next-Patch-Prediction: its model with our weights, in our
-training step, and its generate. Samples have guidance 2. A recent GPU computes in bfloat16, eager
-and compiled. Each round calls everything once. The table shows medians over the rounds (smallest to
-largest), and ratios of times taken within a round. "(2,1)" is the mean step of that schedule.
-
-The share of the rate of a large matrix product is the model FLOP utilisation. It counts the linear
-layers and the output head, but no attention scores. Memory limits sampling, which reads all weights
-for each position.
+$ python notebooks/bench.py plan --model XXL --patches 8,4,2,1
+$ python notebooks/bench.py measure                                         # a minute on a CPU
+$ python notebooks/bench.py measure --model B --vocab 16384 --grid 16 --batch 128       # a GPU
 """
 
 import copy
-import inspect
 import os
 import sys
 import time
-from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Literal
@@ -31,7 +20,9 @@ import torch.nn as nn
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import npp  # noqa: E402
-from tokenizer import parse_flags, require, run_program, setup  # noqa: E402
+from tokenizer import run_command, run_program, setup  # noqa: E402
+
+Size = Literal[tuple(npp.SIZES)]
 
 # ---- 1. Counted ----------------------------------------------------------------------------------
 
@@ -57,74 +48,63 @@ def cost(size, patches=(2, 1), lam=0.5, vocab=16384, grid=16):
     return average, of_stages
 
 
-@dataclass
-class Plan(npp.Config):
-    # The flags of npp.py, and
-    model: Literal[tuple(npp.SIZES)] = "B"
-    images: int = 1_281_167      # images to train on
-    vocab: int = 16384           # codes in the vocabulary
-    grid: int = 16               # codes per side of an image
-    tflops: float = 400.0        # TFLOP/s that the GPU reaches
+def plan(model: Size = "B", patches: tuple = (2, 1), lam: float = 0.5, epochs: float = 300.0,
+         batch: int = 256, images: int = 1_281_167, vocab: int = 16384, grid: int = 16,
+         tflops: float = 400.0):
+    """What each stage of a schedule costs, and the total beside next-token prediction
 
-
-def plan(cfg):
-    """Print what each stage of a schedule costs, and the total beside next-token prediction"""
-    data = SimpleNamespace(codes=range(cfg.images), meta={"grid": cfg.grid})
+    images: to train on. vocab: codes in the vocabulary. grid: codes per side of an image. tflops:
+    TFLOP/s that the GPU reaches. The others are npp.py's.
+    """
+    cfg = npp.Config(patches=patches, lam=lam, epochs=epochs, batch=batch)
+    data = SimpleNamespace(codes=range(images), meta={"grid": grid})
     npp.check(cfg, data, world_size=1)                      # fills in cfg.steps
-    average, of_stages = cost(cfg.model, cfg.patches, cfg.lam, cfg.vocab, cfg.grid)
-    next_token, _ = cost(cfg.model, (1,), cfg.lam, cfg.vocab, cfg.grid)
+    average, of_stages = cost(model, patches, lam, vocab, grid)
+    next_token, _ = cost(model, (1,), lam, vocab, grid)
     print("  p       steps  positions  G multiply-adds per image  share")
-    for (p, first, end), x in zip(npp.stages(cfg.steps, cfg.patches, cfg.lam), of_stages):
-        positions = cfg.grid**2 // p**2 + 1
+    for (p, first, end), x in zip(npp.stages(cfg.steps, patches, lam), of_stages):
         share = (end - first) / cfg.steps * x / average
-        print(f"{p:3} {end - first:11,} {positions:10,} {x / 1e9:25.2f} {share:7.1%}")
+        print(f"{p:3} {end - first:11,} {grid**2 // p**2 + 1:10,} {x / 1e9:25.2f} {share:7.1%}")
     print(f"average {average / 1e9:.2f}, {average / next_token:.4f} of the {next_token / 1e9:.2f} "
           "of plain next-token prediction")
-    flop = 6 * average * cfg.steps * cfg.batch              # 2 x (1 forward + 2 backward)
-    print(f"training, forward and backward: {flop / cfg.tflops / 1e12 / 3600:,.1f} hours on a GPU "
-          f"that reaches {cfg.tflops:g} TFLOP/s")
+    flop = 6 * average * cfg.steps * batch                  # 2 x (1 forward + 2 backward)
+    print(f"training, forward and backward: {flop / tflops / 1e12 / 3600:,.1f} hours on a GPU "
+          f"that reaches {tflops:g} TFLOP/s")
 
 
 # ---- 2. Measured ---------------------------------------------------------------------------------
 
-@dataclass
-class Bench:
-    size: Literal[tuple(npp.SIZES)] = "tiny"
-    batch: int = 16              # images at once
-    rounds: int = 5              # how often each call is timed
-    compile: Literal["auto", "true", "false"] = "auto"      # beside eager; auto: on a recent GPU
-    peer: str = ""               # checkout of the official code
-    vocab: int = 0               # codes in the vocabulary; 0: 256 for tiny, else 16384
-    grid: int = 0                # codes per side, a multiple of 4; 0: 8 for tiny, else 16
+def measure(model: Size = "tiny", vocab: int = 256, grid: int = 8, batch: int = 64, rounds: int = 5,
+            compile: Literal["auto", "true", "false"] = "auto", peer: str = ""):
+    """Time training steps and sampling (guidance 2) of `batch` images, on this machine
 
+    vocab: codes in the vocabulary. grid: codes per side of an image, a multiple of 4. compile:
+    compiled beside eager; auto: on a recent GPU, which computes in bfloat16. peer: a checkout of
+    PKU-YuanGroup/Next-Patch-Prediction: its model with our weights, in our training step, and its
+    generate.
 
-def measure(args):
-    """Print the table of this machine"""
-    tiny = args.size == "tiny"
-    if args.vocab == 0:
-        args.vocab = 256 if tiny else 16384
-    if args.grid == 0:
-        args.grid = 8 if tiny else 16
+    Each round calls everything once. The table shows medians over the rounds (smallest to largest),
+    and ratios of times taken within a round. The share of the rate of a large matrix product is the
+    model FLOP utilisation. It counts linear layers and output head, but no attention scores. Memory
+    limits sampling, which reads all weights for each position.
+    """
     _, _, device = setup()
     # npp.py decides on compile and dtype. The official dropout is 0.1 at every size.
-    cfg = npp.parse(["--model", args.size, "--compile", args.compile, "--dropout", "0.1"])
+    cfg = npp.parse(["--model", model, "--compile", compile, "--dropout", "0.1"])
     dtype = getattr(torch, cfg.dtype)
-    modes = ["eager"]
-    if cfg.compile == "true":
-        modes.append("compiled")
+    modes = ["eager", "compiled"] if cfg.compile == "true" else ["eager"]
     gpu = device.type == "cuda"
     machine = torch.cuda.get_device_name() if gpu else "CPU"
-    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, {cfg.dtype}, "
-          f"{args}", flush=True)
+    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, {cfg.dtype}; "
+          f"{model}, {batch} images of {grid} x {grid} codes out of {vocab}", flush=True)
 
-    codes = torch.randint(args.vocab, (args.batch, args.grid**2), device=device)
-    labels = torch.arange(args.batch, device=device) % 1000
-    meta = {"vocab": args.vocab, "grid": args.grid, "classes": range(1000)}
-    model, optimizer = npp.build(cfg, meta, device)
-    nn.init.normal_(model.output.weight, std=0.02)          # a GPU multiplies zeros faster
-    contestants = [("ours", model, optimizer, our_sampler)]
-    if args.peer:
-        official = Official(args, model)
+    codes = torch.randint(vocab, (batch, grid**2), device=device)
+    labels = torch.arange(batch, device=device) % 1000
+    ours, optimizer = npp.build(cfg, dict(vocab=vocab, grid=grid, classes=range(1000)), device)
+    nn.init.normal_(ours.output.weight, std=0.02)           # a GPU multiplies zeros faster
+    contestants = [("ours", ours, optimizer, our_sampler)]
+    if peer:
+        official = Official(peer, ours)
         optimizer = torch.optim.AdamW(official.parameters(), fused=True)
         contestants.append(("official", official, optimizer, official_sampler))
 
@@ -134,22 +114,17 @@ def measure(args):
     for who, network, optimizer, sampler in contestants:
         frozen = copy.deepcopy(network).to(dtype).eval()    # samples while the other one trains
         for mode in modes:
-            trained = network
-            if mode == "compiled":
-                trained = torch.compile(network, dynamic=False)
+            trained = torch.compile(network, dynamic=False) if mode == "compiled" else network
             for p in (1, 2, 4):
                 calls[f"train p={p}", mode, who] = partial(
                     npp.train_step, trained, optimizer, codes, labels, p, dtype=cfg.dtype)
             calls["sample", mode, who] = sampler(frozen, labels, mode)
-    seconds = time_interleaved(calls, args.rounds, getattr(torch, device.type).synchronize)
+    seconds = time_interleaved(calls, rounds, getattr(torch, device.type).synchronize)
 
     peak = 2 * side**3 / np.median(seconds.pop("matmul"))
     print(f"matmul of {side} x {side}: {peak / 1e12:.4g} TFLOP/s")
-    for (what, mode, who), times in list(seconds.items()):
-        if what == "train p=2":  # a (2,1) run takes as many steps at p = 1
-            mean = (times + seconds["train p=1", mode, who]) / 2
-            seconds["train (2,1)", mode, who] = mean
-    show(args, seconds, peak)
+    weights = cost(model, (1,), vocab=vocab, grid=grid)[0] / (grid**2 + 1)
+    show(seconds, batch, 2 * weights * grid**2 / peak)
 
 
 def our_sampler(model, labels, mode):
@@ -169,33 +144,28 @@ def official_sampler(official, labels, mode):
 class Official(nn.Module):
     """The official model with the weights of ours; npp.train_step calls it as it calls ours"""
 
-    def __init__(self, args, ours):
+    def __init__(self, peer, ours):
         super().__init__()
-        require(os.path.isdir(f"{args.peer}/autoregressive"),
-                f"peer is {args.peer}, expected a checkout of the official repository")
-        sys.path.append(args.peer)      # last, as it has a package `tokenizer` too
+        sys.path.append(peer)           # last, as it has a package `tokenizer` too
         from autoregressive.models import generate, gpt
-        gpt.target_patchify = same_targets
-        device = ours.output.weight.device
-        shape = gpt.ModelArgs(**npp.SIZES[args.size], vocab_size=args.vocab,
-                              block_size=args.grid**2)
-        self.model = gpt.Transformer(shape).to(device)
+        # Theirs is F.unfold of integers, which eager code does not have.
+        gpt.target_patchify = lambda codes, p, patch_size: npp.patch_targets(codes, p)
+        vocab, dim = ours.output.weight.shape
+        self.model = gpt.Transformer(gpt.ModelArgs(
+            n_layer=len(ours.layers), n_head=ours.n_head, dim=dim, vocab_size=vocab,
+            block_size=ours.grid**2))
         self.model.load_state_dict(ours.state_dict())
+        self.model.to(ours.output.weight.device)
         self.generate = generate.generate
         self.rope = {}
         for p in (1, 2, 4):
-            rope = gpt.precompute_freqs_cis_2d(args.grid // p, ours.head_dim, cls_token_num=1)
-            self.rope[p] = rope.to(device)
+            rope = gpt.precompute_freqs_cis_2d(ours.grid // p, ours.head_dim, cls_token_num=1)
+            self.rope[p] = rope.to(ours.output.weight.device)
 
     def forward(self, codes, labels, p, loss=True):
         _, loss = self.model(codes, labels, targets=codes, p=p, patch_size=p * p,
                              freqs_cis=self.rope[p])
         return loss
-
-
-def same_targets(codes, p, patch_size):
-    """Theirs is F.unfold of integers, which eager code does not have"""
-    return npp.patch_targets(codes, p)
 
 
 def time_interleaved(calls, rounds, synchronize):
@@ -212,24 +182,18 @@ def time_interleaved(calls, rounds, synchronize):
     return {name: np.array(values) for name, values in seconds.items()}
 
 
-def show(args, seconds, peak):
-    codes = args.grid**2
-    at_1, _ = cost(args.size, (1,), vocab=args.vocab, grid=args.grid)
-    weights = at_1 / (codes + 1)
-    # Positions of an image, times 3 for forward and backward, times 2 for guidance
-    positions = {"train p=1": 3 * codes, "train p=2": 3 * codes / 4, "train p=4": 3 * codes / 16,
-                 "train (2,1)": 3 * codes * 5 / 8, "sample": 2 * codes}
+def show(seconds, batch, unit):
+    """unit: seconds that a matmul's rate needs for a forward pass of one image at p = 1"""
+    # Forward and backward cost three passes, guidance costs two.
+    passes = {"train p=1": 3, "train p=2": 3 / 4, "train p=4": 3 / 16, "sample": 2}
     for (what, mode, who), times in seconds.items():
-        speed = args.batch / np.median(times)
-        share = 2 * weights * positions[what] * speed / peak
+        speed = batch / np.median(times)
         line = (f"{what:12}{mode:9}{who:9}{spread(1000 * times)} ms {speed:8.4g} images/s "
-                f"{share:6.1%} of matmul")
+                f"{passes[what] * unit * speed:6.1%} of matmul")
         if what.startswith("train"):
-            ratio = times / seconds["train p=1", mode, who]
-            line += f"{spread(ratio)} of p=1"
+            line += f"{spread(times / seconds['train p=1', mode, who])} of p=1"
         if who == "official":
-            ratio = times / seconds[what, mode, "ours"]
-            line += f"{spread(ratio)} of ours"
+            line += f"{spread(times / seconds[what, mode, 'ours'])} of ours"
         print(line)
 
 
@@ -237,22 +201,8 @@ def spread(values):
     return f"{np.median(values):8.4g} ({values.min():.4g} to {values.max():.4g})"
 
 
-# ---- 3. Command line -----------------------------------------------------------------------------
-
-def parse(flags, argv):
-    text = f"{__doc__}\n{inspect.getsource(flags)}"
-    return flags(**parse_flags("bench.py", text, flags, argv))
-
-
 def main(argv=None):
-    """-> exit code 0. Raises BadInput."""
-    if argv is None:
-        argv = sys.argv[1:]
-    if argv[:1] == ["plan"]:
-        plan(parse(Plan, argv[1:]))
-    else:
-        measure(parse(Bench, argv))
-    return 0
+    return run_command("bench.py", __doc__, (plan, measure), argv)
 
 
 if __name__ == "__main__":

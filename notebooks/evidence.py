@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import bench  # noqa: E402
 import fid  # noqa: E402
 import npp  # noqa: E402
-from tokenizer import Codes, Parser, numbers, require, run_program  # noqa: E402
+from tokenizer import Codes, run_command, run_program  # noqa: E402
 
 RESULTS = ROOT / "notebooks" / "evidence.jsonl"
 OUT = ROOT / "out" / "evidence"
@@ -108,32 +108,30 @@ def score(folder, data, seed):
     return sweep, scores | {"guidance": best}
 
 
-def run_one(run, seed, args):
+def run_one(name, seed, data, size, grid_steps, lr):
     """Train, sample, score and add a line to the results, unless it is there"""
-    steps = args.steps
-    if run.endswith("equal_cost"):
-        ratio = multiply_adds(args.size, args.data, (2, 1)) / multiply_adds(args.size, args.data)
-        steps = round(ratio * args.steps)
-    data = ROOT / args.data
-    flags = RUNS[run].split() + ["--data", str(data), "--model", args.size, "--seed", str(seed),
-                                 "--steps", str(steps), "--eval_every", str(math.ceil(steps / 6))]
-    if args.lr:
-        flags += ["--lr", args.lr]
+    steps = grid_steps
+    if name.endswith("equal_cost"):
+        steps = round(multiply_adds(size, data, (2, 1)) / multiply_adds(size, data) * steps)
+    path = ROOT / data
+    flags = RUNS[name].split() + ["--data", str(path), "--model", size, "--seed", str(seed),
+                                  "--steps", str(steps), "--eval_every", str(math.ceil(steps / 6))]
+    if lr:
+        flags += ["--lr", str(lr)]
     cfg = npp.parse(flags)
-    key = dict(run=run, seed=seed, data=args.data, size=args.size, grid_steps=args.steps,
-               batch=cfg.batch, images=Codes(data).meta["images"], dropout=cfg.dropout, lr=cfg.lr,
-               version=VERSION)
+    key = dict(run=name, seed=seed, data=data, size=size, grid_steps=grid_steps, batch=cfg.batch,
+               images=Codes(path).meta["images"], dropout=cfg.dropout, lr=cfg.lr, version=VERSION)
     if any(key.items() <= line.items() for line in read_lines()):
         return
 
-    folder = OUT / f"{data.name}_{args.size}_{args.steps}_{run}_lr_{cfg.lr:g}_seed_{seed}"
+    folder = OUT / f"{path.name}_{size}_{grid_steps}_{name}_lr_{cfg.lr:g}_seed_{seed}"
     torch.compiler.reset()  # on a GPU, or the graphs of all runs pile up in one process
     npp.main(flags + ["--out", str(folder)])
     with open(f"{folder}/log.jsonl") as file:
         log = [json.loads(text) for text in file]
     validation = [[line["step"], line["val_loss"]] for line in log if "val_loss" in line]
-    sweep, best = score(folder, data, seed)
-    cost = multiply_adds(args.size, args.data, cfg.patches, cfg.lam) * steps * cfg.batch
+    sweep, best = score(folder, path, seed)
+    cost = multiply_adds(size, data, cfg.patches, cfg.lam) * steps * cfg.batch
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     line = dict(key, patches=cfg.patches, lam=cfg.lam, steps=steps, cost=cost,
                 val_loss=validation[-1][1], sweep=sweep, best=best, validation=validation,
@@ -143,20 +141,14 @@ def run_one(run, seed, args):
 
 
 GROUP = ("data", "images", "size", "dropout", "grid_steps", "batch", "version")  # comparable runs
-DIGITS = {"loss": 3, "lowest loss": 3, "FD": 2, "class accuracy, %": 1, "precision": 2, "recall": 2}
+DIGITS = {"loss": 3, "lowest loss": 3, "FD": 2}
 
 
 def scores_of(line):
     """-> {column: value}"""
     best = line["fixed"] if line["version"] == 1 else line["best"]
-    return {
-        "loss": line["val_loss"],
-        "lowest loss": min(loss for _, loss in line["validation"]),
-        "FD": best[best.get("features", "FD(fashion-classifier)")],
-        "class accuracy, %": 100 * best["class_accuracy"],
-        "precision": best["precision"],
-        "recall": best["recall"],
-    }
+    return {"loss": line["val_loss"], "lowest loss": min(loss for _, loss in line["validation"]),
+            "FD": best[best.get("features", "FD(fashion-classifier)")]}
 
 
 def mean_and_deviation(arm, column):
@@ -226,7 +218,18 @@ def print_group(lines, minus):
                 "total": {"2-1": 1, constant: -1}})
 
 
-def report(minus):
+def run(only: str = ",".join(RUNS), seeds: tuple = (0, 1, 2), data: str = "data/fashion",
+        size: str = "tiny", steps: int = 1200, lr: float = 0.0):
+    """data: folder of codes, relative to the repository. size: of the model. steps: fewer in runs
+    at equal cost. lr: for 256 images; 0: npp.py's
+    """
+    for seed in seeds:
+        for name in only.split(","):
+            run_one(name, seed, data, size, steps, lr)
+
+
+def report(minus: str = "2-1"):
+    """minus: baseline of the differences"""
     groups = {}
     for line in read_lines():
         title = ", ".join(f"{name} {line[name]}" for name in GROUP)
@@ -237,24 +240,7 @@ def report(minus):
 
 
 def main(argv=None):
-    parser = Parser("evidence.py", description=__doc__)
-    flag = parser.add_argument
-    flag("command", choices=("run", "report"))
-    flag("--only", default=",".join(RUNS), help="runs, comma-separated")
-    flag("--seeds", type=numbers, default=(0, 1, 2))
-    flag("--data", default="data/fashion", help="folder of codes, relative to the repository")
-    flag("--size", default="tiny", help="of the model")
-    flag("--steps", type=int, default=1200, help="fewer in runs at equal cost")
-    flag("--lr", help="for 256 images, if not npp.py's")
-    flag("--minus", default="2-1", help="baseline of the report's differences")
-    args = parser.parse_args(argv)
-    if args.command == "report":
-        return report(args.minus)
-    runs = args.only.split(",")
-    require(set(runs) <= set(RUNS), f"only is {args.only}, expected some of {', '.join(RUNS)}")
-    for seed in args.seeds:
-        for run in runs:
-            run_one(run, seed, args)
+    return run_command("evidence.py", __doc__, (run, report), argv)
 
 
 if __name__ == "__main__":

@@ -69,16 +69,14 @@ def test_contrast_is_paired_by_seed_with_students_interval():
     assert evidence.contrast({"a": a, "b": b}, {"a": 1, "b": -1}, "loss") == expected
 
 
-@pytest.mark.parametrize("minus, words", [
-    ("2-1", ["| 3.612 ± 0.049 |", "k_times_0.3 | (2,1), lam 0.3, K times the images at p = 2 | 1.",
-             "| plain | --patches 1 | 1.000 | 3 | 5.147 ± 0.040 | 3.754 ± 0.006 | 0.94 ± 0.06 |",
-             "| schedule (plain) | -0.191 (-0.254 to -0.129) |",
-             "| patches (constant_2-1) | +0.061 (-0.009 to +0.131) |",
-             "| interaction | +0.101 (+0.038 to +0.164) |", "| total | -0.030 (-0.099 to +0.040) |",
-             "| 4-2-1 | +0.054 (+0.026 to +0.082) |"]),
-    ("plain", ["| 2-1 | +0.162 (+0.149 to +0.174) |", "| k_times | +0.048 (+0.018 to +0.078) |"])])
-def test_report_has_known_numbers(capsys, minus, words):
-    evidence.main(["report", "--minus", minus])
-    report = capsys.readouterr().out
-    for word in words:
-        assert word in report
+def test_report_has_known_numbers(capsys):
+    evidence.main(["report"])
+    table = capsys.readouterr().out
+    for words in (
+            "| 3.612 ± 0.049 |", "k_times_0.3 | (2,1), lam 0.3, K times the images at p = 2 | 1.",
+            "| plain | --patches 1 | 1.000 | 3 | 5.147 ± 0.040 | 3.754 ± 0.006 | 0.94 ± 0.06 |",
+            "| schedule (plain) | -0.191 (-0.254 to -0.129) |",
+            "| patches (constant_2-1) | +0.061 (-0.009 to +0.131) |",
+            "| interaction | +0.101 (+0.038 to +0.164) |", "| total | -0.030 (-0.099 to +0.040) |",
+            "| 4-2-1 | +0.054 (+0.026 to +0.082) |"):
+        assert words in table
