@@ -577,16 +577,8 @@ def train(images, out, *, image_size: int = 256, steps: int = 12000, batch: int 
                 embedding.data[unused] = features[rng.integers(len(features), size=len(unused))]
             used.zero_()
             error = 0.0
-    save_tokenizer(out, model)
+    replace_file(out, partial(torch.save, {"model": model.state_dict()}))
     return 0 if len(pixels) == len(source.items) else 2
-
-
-def save_tokenizer(path, model):
-    """Write {"model": state_dict}, in float16: half the bytes to ship. Raises BadInput."""
-    state = {name: weight.half() for name, weight in model.state_dict().items()}
-    for name, weight in state.items():
-        require(weight.isfinite().all(), f"{path}: not written, {name} is too large for float16")
-    replace_file(path, partial(torch.save, {"model": state}))
 
 
 def check_image_size(image_size, model):

@@ -1,8 +1,10 @@
 """What Next Patch Prediction costs: counted, and measured on this machine
 
 $ python notebooks/bench.py plan --model XXL --patches 8,4,2,1
-$ python notebooks/bench.py measure                                         # a minute on a CPU
-$ python notebooks/bench.py measure --model B --vocab 16384 --grid 16 --batch 128       # a GPU
+$ python notebooks/bench.py                                               # a minute on a CPU
+$ python notebooks/bench.py --model B --vocab 16384 --grid 16 --batch 128                 # a GPU
+
+Without a command it measures; `measure --help` lists the flags.
 """
 
 import copy
@@ -202,6 +204,9 @@ def spread(values):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] not in (["plan"], ["measure"], ["--help"]):
+        argv = ["measure", *argv]
     return run_command("bench.py", __doc__, (plan, measure), argv)
 
 

@@ -56,7 +56,7 @@ def test_rates_and_ratios(capsys):
 
 def timed(capsys, *flags):
     """Time tiny inputs -> what stands in the rows: training or sampling, mode, whose code"""
-    bench.main("measure --rounds 1 --batch 2 --grid 4 --compile false".split() + list(flags))
+    bench.main("--rounds 1 --batch 2 --grid 4 --compile false".split() + list(flags))
     rows = capsys.readouterr().out.splitlines()[2:]         # after the machine and matmul
     return [" ".join(row[:30].split()) for row in rows]
 
