@@ -85,8 +85,8 @@ def stage(step, total, patches, lam):
 def lr_at(step, total, patches, lam, lr, lr_min, warmup, decay_frac):
     """Learning rate (Sec. 4.1): warm-up, plateau at lr, linear decay. It restarts in each stage.
 
-    warmup is in steps. The decay fills the last decay_frac of the stage; lr_min would be reached
-    one step after its end.
+    warmup is in steps, and may be a fraction. The decay fills the last decay_frac of the stage;
+    lr_min would be reached one step after its end.
     """
     _, first, end = stage(step, total, patches, lam)
     warmup = max(1, min(warmup, (end - first) / 10))        # at most a tenth of the stage
@@ -218,8 +218,9 @@ class Transformer(nn.Module):
         # Another way to aggregate a patch goes here. It must see only its own patch, as sampling
         # has no other, and change nothing at p = 1. Its weights belong at the end of __init__, so
         # that the others start as before; checkpoints without them no longer load. As p = 1 leaves
-        # them unused, DDP (in train) needs find_unused_parameters=True. If their shapes depend on
-        # p, build() and load_model() must pass the patches to __init__.
+        # them unused, DDP (in train) needs find_unused_parameters=True; ignore its warning at p > 1
+        # that there are none. If their shapes depend on p, build() and load_model() must pass the
+        # patches to __init__.
         return patchify(self.tok_embeddings(codes), p)                  # (B, N/K, D)
 
     def forward(self, codes, labels, p=1, loss=False):
@@ -384,7 +385,7 @@ class Config:
     n: int = 0                   # number of samples; 0: ten of each class
     # Sampling, and the pictures that training draws
     classes: str = ""            # Sandal,Bag or 5,8 or random; empty: all, in a .png at most ten
-    cfg_scale: float = 2.0       # guidance scale; 1: no guidance
+    cfg_scale: float = 2.0       # guidance; 1: none. The paper: B 2.0, L 1.75, XL 1.7, XXL 1.65
     temperature: float = 1.0     # divides the logits
     top_k: int = 0               # keep the k likeliest codes; 0: all
     top_p: float = 1.0           # keep the likeliest codes up to this probability
@@ -636,6 +637,7 @@ def check(cfg, data, world_size):
             f"patches is {cfg.patches}, expected divisors of {grid}")
     for p, first, end in stages(cfg.steps, cfg.patches, cfg.lam):
         require(first < end, f"steps is {cfg.steps} and lam {cfg.lam}: no step is left for p = {p}")
+    require(end == cfg.steps, f"stages() ends at step {end}, expected {cfg.steps}")
     multiple = world_size * max(1, cfg.micro_batch)
     require(cfg.batch % multiple == 0, f"batch is {cfg.batch}, expected a multiple of {multiple} "
             f"({world_size} ranks, micro_batch {cfg.micro_batch})")

@@ -95,7 +95,7 @@ def own(tmp_path_factory):
     small = flags(image_size=16, codebook_size=32, ch_mult="1,1,1")
     assert tokenizer.main(["train", images, vq, *small, *flags(steps=3)]) == 0
     for split in ("train", "val"):
-        arguments = flags(tokenizer=vq, image_size=16, split=split)
+        arguments = flags(tokenizer=vq, split=split)
         assert tokenizer.main(["encode", images, str(folder / "data"), *arguments]) == 0
     return folder
 
@@ -809,6 +809,11 @@ def test_bad_flag_of_training_is_named(data, tmp_path, changes, words):
     out = tmp_path / "run"
     refuses(npp.main, training(data, out) + shlex.split(changes), *words)
     assert not out.exists()
+
+
+def test_changed_stages_must_end_with_the_run(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(npp, "stages", lambda total, patches, lam: [(2, 0, 9), (1, 9, total - 2)])
+    refuses(npp.main, training(data, tmp_path / "run"), "ends at step 22, expected 24")
 
 
 @pytest.mark.parametrize("name, array, words", [

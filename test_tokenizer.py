@@ -296,9 +296,9 @@ def test_samples_are_streamed_into_an_npz(tmp_path):
 def test_train_learns_from_readable_images(tmp_path, images, capsys):
     whole = (images / "b" / "004.png").read_bytes()
     (images / "b" / "half.png").write_bytes(whole[:60])
-    out = tmp_path / "t.pt"
     psnrs = []
     for steps in (2, 50):
+        out = tmp_path / f"{steps}.pt"
         assert tokenizer.main(training(images, out, steps=steps)) == 2
         printed, errors = capsys.readouterr()
         assert "half.png: unreadable image" in errors
@@ -307,12 +307,10 @@ def test_train_learns_from_readable_images(tmp_path, images, capsys):
     assert tokenizer.load_tokenizer(out).factor == 1
 
 
-def test_nan_loss_keeps_old_tokenizer(tmp_path, images):
-    out = tmp_path / "t.pt"
-    out.write_bytes(b"old")
-    arguments = training(images, out, steps=9, lr=1e9)
+def test_nan_loss_writes_nothing(tmp_path, images):
+    arguments = training(images, tmp_path / "t.pt", steps=9, lr=1e9)
     refuses(tokenizer.main, arguments, "lr is 1000000000.0", "loss is nan")
-    assert out.read_bytes() == b"old"
+    assert not (tmp_path / "t.pt").exists()
 
 
 # ---- 6. A data set -------------------------------------------------------------------------------
@@ -511,6 +509,7 @@ def test_reconstructions_become_an_npz_for_fid_or_a_picture(tmp_path, small, cap
 @pytest.mark.parametrize("line, words", [
     ("train empty x", ["empty: no images", "sub-folder per class"]),
     ("train images x --lr nan", ["--lr is nan"]),
+    ("train images t.pt", ["t.pt exists"]),
     ("train images x --codebook_size 65537", ["--codebook_size is 65537"]),
     ("encode images x --tokenizer t.pt --image_size 18", ["--image_size is 18", "multiple of 4"]),
     ("encode images x --tokenizer t.pt --split val --views ten_crop", ["--views"]),

@@ -6,7 +6,7 @@ the nearest vector of a codebook; its index is the code. A decoder makes an imag
     python tokenizer.py train IMAGES tokenizer.pt --image_size 32     # a small one of your own
     python tokenizer.py encode IMAGES DATA --tokenizer tokenizer.pt   # codes for npp.py --data DATA
     python tokenizer.py encode IMAGES_VAL DATA --tokenizer tokenizer.pt --split val
-    torchrun --nproc_per_node=8 tokenizer.py encode IMAGENET DATA --tokenizer vq_ds16_c2i.pt \\
+    torchrun --nproc_per_node=8 -- tokenizer.py encode IMAGENET DATA --tokenizer vq_ds16_c2i.pt \\
         --views ten_crop --scales 1.1,1.05                            # as LlamaGen prepares it
     python tokenizer.py show DATA codes.png                           # what stored codes decode to
     python tokenizer.py reconstruct IMAGES out.png --tokenizer tokenizer.pt    # before/after, PSNR
@@ -317,8 +317,9 @@ class VQModel(nn.Module):
 def load_tokenizer(path, device="cpu", meta=None):
     """A VQModel in eval mode from a file of ours or LlamaGen's, {"model": state_dict}
 
-    Its sizes are read off the tensors. meta: that of the codes to decode; its vocab and
-    tokenizer_sha256, where it has them, must be those of this tokenizer. Raises BadInput.
+    Its sizes are read off the tensors; image_size is that of the training images. meta: that of the
+    codes to decode; its vocab and tokenizer_sha256, where it has them, must be those of this
+    tokenizer. Raises BadInput.
     """
     with reading(path, "LlamaGen's tokenizer") as saved:
         state = saved["model"].copy()
@@ -330,6 +331,7 @@ def load_tokenizer(path, device="cpu", meta=None):
         ch_mult = [len(state[name]) // ch for name in biases if name in state]  # of up to 9 levels
         model = VQModel(codebook_size, codebook_dim, ch, ch_mult, z_channels)
         model.load_state_dict(state)
+        model.image_size = saved.get("image_size", 256)  # LlamaGen's file does not say
     require(codebook_size <= 65536, f"{path}: {codebook_size} codes, expected at most 65536")
     if meta:
         vocab = meta.get("vocab")
@@ -529,8 +531,10 @@ def train(images, out, *, image_size: int = 256, steps: int = 12000, batch: int 
     require(codebook_size <= 65536, f"--codebook_size is {codebook_size}, expected at most 65536")
     torch.manual_seed(seed)
     model = VQModel(codebook_size, 8, ch, ch_mult, z_channels).to(device)
+    require(image_size > 0, "--image_size is 0, expected more")
     check_image_size(image_size, model)
     check_output(out)
+    require(not os.path.exists(out), f"{out} exists; delete it or choose another file")
     source = Images(images, [image_size])
     items = next(source.read([range(len(source.items))]))
     pixels = np.stack([item[0] for item in items])[source.labels >= 0]
@@ -577,13 +581,18 @@ def train(images, out, *, image_size: int = 256, steps: int = 12000, batch: int 
                 embedding.data[unused] = features[rng.integers(len(features), size=len(unused))]
             used.zero_()
             error = 0.0
-    replace_file(out, partial(torch.save, {"model": model.state_dict()}))
+    saved = {"model": model.state_dict(), "image_size": image_size}
+    replace_file(out, partial(torch.save, saved))
     return 0 if len(pixels) == len(source.items) else 2
 
 
 def check_image_size(image_size, model):
-    require(image_size > 0 and image_size % model.factor == 0,
+    """-> image_size or, if that is 0, the tokenizer's own"""
+    if image_size == 0:
+        image_size = model.image_size
+    require(image_size % model.factor == 0,
             f"--image_size is {image_size}, expected a multiple of {model.factor}")
+    return image_size
 
 
 # ---- 6. A data set: the folder that npp.py trains on ---------------------------------------------
@@ -595,7 +604,7 @@ def check_new(folder, split):
     """Raises BadInput if the split is there, or a val split that a new train split would not fit"""
     paths = [f"{folder}/codes_val.npy"]
     if split == "train":
-        paths.append(f"{folder}/meta.json")
+        paths.insert(0, f"{folder}/meta.json")
     for path in paths:
         require(not os.path.exists(path), f"{path} exists; delete it or choose another folder")
 
@@ -716,7 +725,7 @@ def crops(images, size, views):
     return [x[..., top : top + size, left : left + size] for x in both for top, left in corners]
 
 
-def encode(images, out, *, tokenizer: str, image_size: int = 256,
+def encode(images, out, *, tokenizer: str, image_size: int = 0,
            split: Literal["train", "val"] = "train",
            views: Literal["center", "one", "ten_crop"] = "center", scales: tuple = (1.1,)):
     """Write codes, labels, meta.json and a copy of the tokenizer into OUT, the data set of npp.py
@@ -724,19 +733,20 @@ def encode(images, out, *, tokenizer: str, image_size: int = 256,
     A split that exists is refused. Unreadable images are named and left out; then the exit code is
     2. After a kill the same command continues. Processes started by torchrun share the work.
 
-    views, center: crop and its mirror image, one: crop only; scales: sizes that ten_crop cuts from,
+    image_size, 0: that of the tokenizer's training, 256 for LlamaGen's; views, center: crop and its
+    mirror image, one: crop only; scales: sizes that ten_crop cuts from,
     in multiples of image_size; 1.1,1.05 makes 20 views.
     """
     rank, world_size, device = setup()
     check_new(out, split)
     check_output(f"{out}/meta.json")
+    model = load_tokenizer(tokenizer, device)
+    image_size = check_image_size(image_size, model)
     sizes = [image_size]
     if views == "ten_crop":
         require(split == "train", "--views is ten_crop, expected center or one for val")
         require(min(scales) >= 1, f"--scales is {scales}, expected 1 or more")
         sizes = [int(image_size * scale) for scale in scales]
-    model = load_tokenizer(tokenizer, device)
-    check_image_size(image_size, model)
     source = Images(images, sizes)
     n = len(source.items)
     meta = {"vocab": len(model.codebook()), "grid": image_size // model.factor,
@@ -820,19 +830,19 @@ def show(data, out, *, tokenizer: str = "", split: Literal["train", "val"] = "tr
     return 0
 
 
-def reconstruct(images, out, *, tokenizer: str, image_size: int = 256, margin: int = 0):
+def reconstruct(images, out, *, tokenizer: str, image_size: int = 0, margin: int = 0):
     """Images to codes and back, and the PSNR of the reconstructions
 
     OUT is a .png, rows of images with their reconstructions below, or an .npz of all
-    reconstructions. Their FID is a bound for every model on these codes. margin: pixels per side
-    that the PSNR leaves out.
+    reconstructions. Their FID is a bound for every model on these codes. image_size, 0: that of the
+    tokenizer's training, 256 for LlamaGen's. margin: pixels per side that the PSNR leaves out.
     """
     _, _, device = setup()
     is_npz = out.endswith(".npz")
     require(is_npz or out.endswith(".png"), f"{out}: expected a .png or an .npz")
     check_output(out)
     model = load_tokenizer(tokenizer, device)
-    check_image_size(image_size, model)
+    image_size = check_image_size(image_size, model)
     require(2 * margin < image_size, f"--margin is {margin}, expected less than half the image")
     inside = slice(margin, image_size - margin)
     source = Images(images, [image_size])
