@@ -320,14 +320,6 @@ def test_greedy_samples_of_the_official_code(golden, scale):
     assert torch.equal(codes, official[f"greedy_cfg{scale}"].long())
 
 
-def test_patchwise_sampling_with_top_k_1_is_argmax():
-    model = small_model()
-    labels = torch.tensor([0, 1, 2])
-    codes = npp.generate(model, labels, top_k=1, p=2)
-    likeliest = model(codes, labels, p=2).argmax(-1, keepdim=True)      # (3, N/K, 1)
-    assert torch.equal(npp.patch_targets(codes, 2), likeliest.expand(-1, -1, 4))
-
-
 def test_nan_logits_are_refused():
     model = small_model()
     model.output.weight.data[0, 0] = math.nan
