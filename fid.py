@@ -1,22 +1,22 @@
-"""FID and its family, computed as the ADM evaluator computes them, in one file that stands alone.
+"""FID and related scores, computed as ADM's evaluator does, in one self-contained file.
 
     python fid.py SAMPLES REFERENCE --weights pt_inception-2015-12-05-6726825d.pth [--json]
-    python fid.py IMAGES REFERENCE --save --weights WEIGHTS    # statistics, to compare with later
+    python fid.py IMAGES REFERENCE --save --weights WEIGHTS    # save statistics for later
 
 SAMPLES is an .npz whose `arr_0` is uint8 (n, H, W, 3), or a folder of 8-bit images of one size.
 REFERENCE is the same, or statistics (mu, sigma, mu_s, sigma_s), or both in one .npz. ADM's files
 hold both: mu and sigma of all real images, and some of these images in arr_0.
-WEIGHTS, if left out: the features.pt beside REFERENCE, else Inception's file in this folder.
+WEIGHTS, if left out: the features.pt beside REFERENCE, else Inception's file in the current folder.
 
 The protocol (openai/guided-diffusion, evaluations/evaluator.py):
     input  uint8 -> float32 -> 299 x 299, bilinear as in TensorFlow 1 -> (x - 128) / 128
     FID    Frechet distance of the 2048 pooled features; covariances divide by n - 1
-    sFID   the same of the first 7 channels of mixed_6/conv (after ReLU) at 17 x 17 places
+    sFID   the same for the first 7 channels of mixed_6/conv (after ReLU) at 17 x 17 positions
     IS     softmax of features @ W, without the bias; mean over splits of 5000, in file order
     P, R   precision and recall, k = 3, arr_0 of REFERENCE against all samples, in float32: ADM's
            float16 distances move P by about 0.001 and R by about 0.002
-All depend on n, the number of samples. `real_against_real` is the distance that n real images of
-arr_0 get, over up to ten draws: do not expect samples to do better.
+All depend on n, the number of samples. `real_against_real` is the mean distance of n real images
+of arr_0, over up to ten draws: do not expect samples to do better.
 Only Inception's 2048 features make an FID; those of another network make an FD(its name).
 
 Not yet run with the published weights. ADM's README has FID 3.94, sFID 6.14, IS 215.84, P 0.8265,
@@ -61,11 +61,11 @@ def require(condition, reason):
 
 @contextmanager
 def naming(path, expected):
-    """Any error inside names the file; each library raises its own kind"""
+    """Any error inside becomes BadInput with the file's name; each library raises its own kind"""
     try:
         yield
     except Exception as error:
-        # torch buries its reason in advice on how to load the file all the same.
+        # torch buries its reason in advice on how to load the file anyway.
         reason = str(error).rpartition("WeightsUnpickler error:")[2].partition(". ")[0]
         reason = " ".join(reason.split())[:300]
         raise BadInput(f"{path}: {reason}; expected {expected}") from None
@@ -89,7 +89,7 @@ MAX_POOL = nn.MaxPool2d(3, stride=2)
 
 
 class Branches(nn.Module):
-    """Branches side by side, each a dict of layers in a row, at its end perhaps Branches again"""
+    """Parallel branches, each a dict of consecutive layers; the last may be Branches again"""
 
     def __init__(self, *branches):
         super().__init__()
@@ -267,7 +267,7 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^1/2), float64
 
     With cov1 = A A^T and cov2 = B B^T the root's trace is the sum of the singular values of A^T B.
-    That is free of the covariances' null spaces, whose rounding errors a square root blows up."""
+    That avoids the covariances' null spaces, where a matrix root amplifies rounding errors."""
     def factor(cov):  # (d, d) of rank r -> (d, r), by pivoted Cholesky
         lower, pivots, rank, _ = lapack.dpstrf(cov, lower=1)
         order = np.argsort(pivots)                                # undoes the pivoting
@@ -352,7 +352,7 @@ def read_images(path):
 
 
 def read_statistics(path, net):
-    """A reference -> [(mu, cov)] of the outputs that it has statistics of, and if it has images"""
+    """A reference -> [(mu, cov)] of the outputs it has statistics for; whether it has images"""
     if os.path.isdir(path):
         return [], True
     statistics = []
@@ -375,7 +375,7 @@ def read_statistics(path, net):
 def extract(net, path, batch=64):
     """Images at a path -> features (n, d) in order, [(mu, cov)] of each output. Raises BadInput."""
     features = []
-    # Ten bits of mantissa would show in the results, and npp.py may have switched TF32 on.
+    # TF32's ten bits of mantissa would show in the results; npp.py may have switched it on.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     moments = [Moments(d, net.device) for d in net.widths]
@@ -417,7 +417,7 @@ def save_reference(path, net, images, **arrays):
 
 
 def real_against_real(features, n, mu, cov):
-    """Mean distance to mu, cov of up to ten disjoint draws of n of the features of real images"""
+    """Mean distance to mu, cov over up to ten disjoint draws of n real images' features"""
     order = np.random.default_rng(0).permutation(len(features))
     distances = []
     for i in range(min(10, len(features) // n)):
@@ -493,6 +493,3 @@ if __name__ == "__main__":
     except BadInput as error:
         print("fid.py:", error, file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("fid.py: stopped", file=sys.stderr)
-        sys.exit(130)

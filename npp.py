@@ -522,9 +522,9 @@ def train(cfg, rank, world_size, device):
 # ---- 7. Logging, validation, checkpoints ---------------------------------------------------------
 
 class Recorder:
-    """Log, checkpoints and pictures of a run. Every rank takes part in sums, and rank 0 writes.
+    """Log, checkpoints and pictures of a run. All ranks take part in sums; only rank 0 writes.
 
-    log: the lines so far. The checkpoint holds them too, so log.jsonl is written anew on resume.
+    log: the lines so far. Checkpoints hold them too; on resume log.jsonl is rewritten from there.
     """
 
     def __init__(self, cfg, data, model, optimizer, first, log):
@@ -554,7 +554,7 @@ class Recorder:
         speed = len(self.losses) * self.cfg.batch / (time.time() - self.window_start)
         self.losses = []
         require(math.isfinite(loss) and math.isfinite(norm), f"the loss is {loss} at step {done}, "
-                f"the gradient norm {norm:g}: try a lower --lr. ckpt.pt was saved before")
+                f"the gradient norm {norm:g}: try a lower --lr. ckpt.pt holds an earlier step")
         line = {"step": done, "p": p, "loss": loss, "lr": lr, "img_s": round(speed, 1)}
         text = f"step {done:,}  p {p}  loss {loss:.3f}  {speed:,.0f} img/s"
         if evaluate and self.data.val:
@@ -572,9 +572,7 @@ class Recorder:
             print(f"{1 - left / work:4.0%}  {text}  {seconds} left", flush=True)
 
     def save(self, name, done):
-        """A checkpoint: step, log, config, model, optimizer, data.meta (vocab, grid, image_size,
-        images, classes, tokenizer, tokenizer_sha256), so that sampling needs no data set
-        """
+        """A checkpoint: step, log, config, model, optimizer, data.meta (sampling needs no data)"""
         if self.rank == 0:
             state = dict(self.data.meta, step=done, log=self.log, config=asdict(self.cfg),
                          model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
@@ -688,10 +686,10 @@ def resume(cfg, meta, model, optimizer):
 # ---- 8. Samples from a checkpoint, ours or a published one ---------------------------------------
 
 def load_model(path, grid=None):
-    """A Transformer in eval mode; model.meta is what the file tells of its data. Raises BadInput.
+    """A Transformer in eval mode; model.meta is what the file says about its data. Raises BadInput.
 
-    Published checkpoints of LlamaGen and NPP record neither heads nor grid. A head is then 64 wide
-    (100 in 3B), and the grid is 16 codes per side; sample() takes it from --image_size.
+    Published checkpoints of LlamaGen and NPP record neither heads nor grid. Heads are then taken as
+    64 wide (100 in 3B) and the grid as 16 x 16; sample() sets the grid from --image_size.
     """
     with reading(path, "a transformer of LlamaGen or NPP") as saved:
         state = saved                                   # the weights themselves, or under a name
@@ -720,8 +718,8 @@ def load_model(path, grid=None):
 
 
 def compile_steps(cached):
-    """Let a CachedModel replay CUDA graphs: to launch the kernels from Python takes longer"""
-    # Each length that is read from the caches is a graph of its own, so there are at most four.
+    """Let a CachedModel replay CUDA graphs: launching kernels from Python is slower"""
+    # Each length read from the caches is compiled separately, so at most four are used.
     cached.unit = math.ceil(len(cached.positions) / 4)
     cached.next_logits = torch.compile(cached.next_logits, mode="reduce-overhead", dynamic=False)
     for cache in cached.caches:  # a graph reads and writes the same memory each time
@@ -735,7 +733,7 @@ def noise_of(seed, numbers, length):
 
 
 def draw(model, tokenizer, labels, cfg, p=1, rank=0, world_size=1):
-    """labels (n,) -> chunks of uint8 images (b, H, W, 3), in order; every rank gets those of all
+    """labels (n,) -> chunks of uint8 images (b, H, W, 3), in order, all of them on every rank
 
     Every chunk has the same size, because a compiled model accepts only one. The last ones are
     padded with images from the start, and the padding is cut off: of 7 images in chunks of 2 on 2
@@ -781,8 +779,7 @@ def sample(cfg, rank, world_size, device, p=1):
     require(os.path.exists(path), f"tokenizer {path} not found; pass its path with --tokenizer")
     tokenizer = load_tokenizer(path, device, model.meta)
     if model.meta["grid"] is None:  # our own checkpoints record it
-        check_image_size(cfg.image_size, tokenizer)
-        model.grid = cfg.image_size // tokenizer.factor
+        model.grid = check_image_size(cfg.image_size, tokenizer) // tokenizer.factor
     model.to(device, getattr(torch, cfg.dtype))
 
     most = 10 if cfg.out.endswith(".png") else len(names)

@@ -478,6 +478,12 @@ def test_show_decodes_ten_images_of_ten_classes(tmp_path, capsys):
     assert abs(difference).max() <= 1  # rounding depends on the batch
 
 
+def test_show_of_a_single_class(tmp_path, small):
+    images = image_file(tmp_path / "x.npz", random_images(3), labels=np.zeros(3, int))
+    assert encode(images, tmp_path / "data", small) == 0
+    assert tokenizer.main(command("show", tmp_path / "data", tmp_path / "x.png")) == 0
+
+
 def test_reconstructions_become_an_npz_for_fid_or_a_picture(tmp_path, small, capsys):
     images = random_images(40, size=24)
     source = tmp_path / "x.npz"

@@ -1,7 +1,7 @@
 """Images to codes and back: the VQGAN of LlamaGen
 
 An encoder shrinks the image by a factor f. Each of the h x w vectors that are left is replaced by
-the nearest vector of a codebook; its index is the code. A decoder makes an image of the codes.
+the nearest vector of a codebook; its index is the code. A decoder turns codes back into an image.
 
     python tokenizer.py train IMAGES tokenizer.pt --image_size 32     # a small one of your own
     python tokenizer.py encode IMAGES DATA --tokenizer tokenizer.pt   # codes for npp.py --data DATA
@@ -61,7 +61,7 @@ def require(condition, message):
 
 @contextmanager
 def expecting(path, what):
-    """Any error inside the `with` means that the file is not `what`: raises BadInput"""
+    """Turns any error inside the `with` into BadInput: the file is not `what`"""
     try:
         yield
     except BadInput:
@@ -99,7 +99,7 @@ def check_output(path):
 
 
 def replace_file(path, write):
-    """write(file) beside `path`, then rename: a kill or a full disk leaves the old file
+    """Call write(file) on a new file, then rename it: a kill or a full disk keeps the old one
 
     Raises BadInput if the file cannot be written.
     """
@@ -210,7 +210,7 @@ class Level(nn.Module):
         if attention:
             self.attn.extend(AttnBlock(c_out) for _ in range(blocks))
         self.downsample = nn.Sequential()
-        if down:  # padded right and below only, as in the training of the published weights
+        if down:  # pads right and bottom only, as the published weights were trained
             self.downsample.pad = nn.ZeroPad2d((0, 1, 0, 1))
             self.downsample.conv = nn.Conv2d(c_out, c_out, 3, stride=2)
         self.upsample = nn.Sequential()
@@ -231,7 +231,7 @@ def encoder(ch, ch_mult, z_channels):
     widths = [ch] + [ch * multiple for multiple in ch_mult]
     width = widths[-1]
     last = len(ch_mult) - 1
-    parts = nn.Sequential()  # it runs what is assigned to it in the order of assignment
+    parts = nn.Sequential()  # it runs its parts in the order they are assigned
     parts.conv_in = conv3x3(3, ch)
     parts.conv_blocks = nn.Sequential()
     for i in range(len(ch_mult)):
@@ -286,7 +286,7 @@ class VQModel(nn.Module):
 
     def nearest(self, z):
         """Unit vectors (..., D) -> the codes of the nearest vectors of the codebook (...)"""
-        similarity = z @ self.codebook().T  # of unit vectors: |z - q|^2 = 2 - 2 z.q
+        similarity = z @ self.codebook().T  # for unit vectors: |z - q|^2 = 2 - 2 z.q
         return similarity.argmax(-1)
 
     def render(self, q):
@@ -300,9 +300,9 @@ class VQModel(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes):
-        """Codes (B, h, w) -> images (B, 3, S, S), in [-1, 1] up to what to_uint8 clamps"""
+        """Codes (B, h, w) -> images (B, 3, S, S), roughly in [-1, 1]; to_uint8 clamps"""
         q = rearrange(self.codebook()[codes], "b h w d -> b d h w")
-        # Contiguous in memory too: a CPU normalises channels-last less exactly.
+        # Contiguous: on a CPU, GroupNorm is less accurate in channels-last layout.
         return self.decoder(self.post_quant_conv(q.contiguous()))
 
     def pixels(self, codes, size=0):
@@ -317,9 +317,8 @@ class VQModel(nn.Module):
 def load_tokenizer(path, device="cpu", meta=None):
     """A VQModel in eval mode from a file of ours or LlamaGen's, {"model": state_dict}
 
-    Its sizes are read off the tensors; image_size is that of the training images. meta: that of the
-    codes to decode; its vocab and tokenizer_sha256, where it has them, must be those of this
-    tokenizer. Raises BadInput.
+    Its sizes are read off the tensors; image_size is that of the training images. meta: of the
+    codes to decode; its vocab and tokenizer_sha256, if present, must match. Raises BadInput.
     """
     with reading(path, "LlamaGen's tokenizer") as saved:
         state = saved["model"].copy()
@@ -374,10 +373,10 @@ def to_rgb(image):
 
 
 class Images:
-    """The images in a class folder or an .npz, each center-cropped to every one of `sizes`
+    """The images of a folder of class folders or an .npz, center-cropped to each of `sizes`
 
     items: file names or arrays; labels: int64 (n,), set to -1 where reading finds an unreadable
-    image; classes: their names. Raises BadInput.
+    image; classes: the class names. Raises BadInput.
     """
 
     def __init__(self, source, sizes):
@@ -461,7 +460,7 @@ def read_npz(path):
     with expecting(path, "arr_0 and labels in an .npz"):
         arrays = dict(np.load(path))
         images = arrays["arr_0"]
-        # Labels are called arr_1 by ADM's sampler; np.savez(path, *batches) has more images there.
+        # ADM's sampler saves labels as arr_1, where np.savez(path, *batches) puts more images.
         labels = arrays.get("arr_1", arrays.get("labels")).astype(np.int64, casting="safe")
     require(images.dtype == np.uint8 and images.shape[3:] == (3,),
             f"{path}: arr_0 is {images.dtype} {images.shape}, expected uint8 (n, H, W, 3)")
@@ -480,7 +479,7 @@ def read_npz(path):
 def save_images(path, chunks, labels):
     """Chunks of images, uint8 (b, H, W, 3), and the labels (n,) of them all -> a picture or .npz
 
-    path: .png, one grid, a class per row in the order in which the labels name them; or .npz with
+    path: .png, one grid, a row per class, in order of first appearance in labels; or .npz with
     arr_0 uint8 (n, H, W, 3), streamed to disk chunk by chunk, and labels int64. Raises BadInput.
     """
     labels = np.asarray(labels).astype(np.int64)
@@ -521,17 +520,18 @@ def train(images, out, *, image_size: int = 256, steps: int = 12000, batch: int 
     """Train a small tokenizer. OUT, a file, is written at the end.
 
     The loss is the squared error: LlamaGen's perceptual and adversarial losses need pretrained
-    networks. Codes not used for 100 steps move onto features of the current batch, so that the
-    whole codebook is put to work. Unreadable images are named and left out; the exit code is 2.
+    networks. In the first half, codes unused for 100 steps move onto features of the current batch,
+    so that the whole codebook is used. Unreadable images are named and left out; the exit code is
+    then 2. An OUT that exists is refused.
 
-    ch: channels, a multiple of 32; ch_mult: channels of each level, times ch, of which all but the
-    last halve the image; z_channels: channels before the codebook.
+    ch: channels, a multiple of 32; ch_mult: channels of each level, in multiples of ch; all levels
+    but the last halve the image; z_channels: channels before the codebook.
     """
     _, _, device = setup()
     require(codebook_size <= 65536, f"--codebook_size is {codebook_size}, expected at most 65536")
     torch.manual_seed(seed)
     model = VQModel(codebook_size, 8, ch, ch_mult, z_channels).to(device)
-    require(image_size > 0, "--image_size is 0, expected more")
+    require(min(image_size, steps, batch) > 0, "--image_size, --steps or --batch is 0")
     check_image_size(image_size, model)
     check_output(out)
     require(not os.path.exists(out), f"{out} exists; delete it or choose another file")
@@ -569,7 +569,7 @@ def train(images, out, *, image_size: int = 256, steps: int = 12000, batch: int 
         used += torch.bincount(codes.flatten(), minlength=len(used))
         error += squared_error.item()
         require(math.isfinite(error), f"--lr is {lr}: the loss is {squared_error.item()} at step "
-                                      f"{step + 1}, expected a number; nothing is written")
+                                      f"{step + 1}; nothing is written, try a lower --lr")
         if (step + 1) % 100 == 0 or step + 1 == steps:
             mean_error = error / (step % 100 + 1)  # over the steps since the last line
             psnr = 10 * np.log10(4 / mean_error)  # the range from -1 to 1, squared, is 4
@@ -601,16 +601,14 @@ SUFFIX = {"train": "", "val": "_val"}  # of the names of a split's files
 
 
 def check_new(folder, split):
-    """Raises BadInput if the split is there, or a val split that a new train split would not fit"""
-    paths = [f"{folder}/codes_val.npy"]
-    if split == "train":
-        paths.insert(0, f"{folder}/meta.json")
-    for path in paths:
+    """Raises BadInput if the split exists, or if a new train split would meet an old val split"""
+    for name in {"train": ("meta.json", "codes_val.npy"), "val": ("codes_val.npy",)}[split]:
+        path = f"{folder}/{name}"
         require(not os.path.exists(path), f"{path} exists; delete it or choose another folder")
 
 
 def check_classes(source, labels, classes):
-    """Raises BadInput for a class without images: its samples would show nothing"""
+    """Raises BadInput for a class without images: its samples would be meaningless"""
     images = np.bincount(labels, minlength=len(classes))
     empty = [classes[i] for i in np.flatnonzero(images == 0)]
     require(not empty, f"{source}: no images of class {', '.join(empty[:9])}")
@@ -619,11 +617,8 @@ def check_classes(source, labels, classes):
 def publish(folder, split, meta, codes, labels, tokenizer):
     """Write a new split of a data set. Raises BadInput.
 
-    codes: arrays (b, views, h*w); labels: for all of them (n,); tokenizer: a file, or None
+    codes: chunks (b, views, h*w); labels: of all chunks together (n,); tokenizer: a file, or None
     """
-    def write_meta(file):
-        file.write(json.dumps(meta, indent=1).encode())
-
     end = f"{SUFFIX[split]}.npy"
     replace_file(f"{folder}/labels{end}", partial(np.save, arr=labels.astype(np.uint16)))
     replace_file(f"{folder}/codes{end}", partial(write_array, chunks=codes, n=len(labels)))
@@ -632,7 +627,8 @@ def publish(folder, split, meta, codes, labels, tokenizer):
     if tokenizer:
         with open(tokenizer, "rb") as source:
             replace_file(f"{folder}/tokenizer.pt", partial(shutil.copyfileobj, source))
-    replace_file(f"{folder}/meta.json", write_meta)
+    text = json.dumps(meta, indent=1).encode()
+    replace_file(f"{folder}/meta.json", lambda file: file.write(text))
 
 
 class Codes:
@@ -646,7 +642,7 @@ class Codes:
 
     def __init__(self, folder, tokenizer=""):
         path = os.path.join(folder, "meta.json")
-        with expecting(path, "what encode writes"), open(path) as file:
+        with expecting(path, "the output of tokenizer.py encode"), open(path) as file:
             self.meta = json.load(file)
             if tokenizer:
                 self.meta["tokenizer"] = tokenizer
@@ -711,8 +707,8 @@ def class_numbers(text, names, most):
 def crops(images, size, views):
     """Images (B, 3, S, S) -> list of their views (B, 3, size, size)
 
-    center: the image (S = size) and its mirror image; one: the first alone; ten_crop: corners and
-    centre, then those of the mirror image, in the order of torchvision's TenCrop, as LlamaGen.
+    center: the image (S = size) and its mirror image; one: the image alone; ten_crop: corners and
+    centre, then the same of the mirror image, in the order of torchvision's TenCrop, as LlamaGen.
     """
     if views == "one":
         return [images]
@@ -730,12 +726,12 @@ def encode(images, out, *, tokenizer: str, image_size: int = 0,
            views: Literal["center", "one", "ten_crop"] = "center", scales: tuple = (1.1,)):
     """Write codes, labels, meta.json and a copy of the tokenizer into OUT, the data set of npp.py
 
-    A split that exists is refused. Unreadable images are named and left out; then the exit code is
-    2. After a kill the same command continues. Processes started by torchrun share the work.
+    An existing split is refused. Unreadable images are named and left out; the exit code is then 2.
+    If killed, run the same command to continue. Processes started by torchrun share the work.
 
-    image_size, 0: that of the tokenizer's training, 256 for LlamaGen's; views, center: crop and its
-    mirror image, one: crop only; scales: sizes that ten_crop cuts from,
-    in multiples of image_size; 1.1,1.05 makes 20 views.
+    image_size: 0 is that of the tokenizer's training, 256 for LlamaGen's. views: center is the crop
+    and its mirror image, one the crop alone. scales: sizes that ten_crop cuts from, in multiples of
+    image_size; 1.1,1.05 makes 20 views.
     """
     rank, world_size, device = setup()
     check_new(out, split)
@@ -760,7 +756,7 @@ def encode(images, out, *, tokenizer: str, image_size: int = 0,
             require(train[key] == meta[key], f"{out}: the train split has {key} "
                                              f"{train[key]!s:.99}, val has {meta[key]!s:.99}")
 
-    # Finished parts of 256 images are files. Other flags or images have another folder of them.
+    # Each part of 256 images becomes a file, in a folder named by a hash of flags and images.
     recipe = dict(meta, views=views, sizes=sizes, images=source.fingerprint())
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
     folder = f"{out}/codes{SUFFIX[split]}.part"
@@ -774,7 +770,7 @@ def encode(images, out, *, tokenizer: str, image_size: int = 0,
         replace_file(paths[i], partial(np.savez, codes=codes[readable], labels=labels[readable]))
         print(f"image {chunks[i][-1] + 1:,} of {n:,}", flush=True)
     if world_size > 1:
-        dist.all_reduce(torch.zeros(1))  # waits for all; on the CPU it fails if a rank has ended
+        dist.all_reduce(torch.zeros(1))  # waits for all ranks; on the CPU it fails if one has died
     if rank > 0:
         return 0
 
@@ -817,12 +813,12 @@ def show(data, out, *, tokenizer: str = "", split: Literal["train", "val"] = "tr
     stored = Codes(data, tokenizer)
     pair = (stored.codes, stored.labels) if split == "train" else stored.val
     require(pair, f"{data}: has no codes_val.npy, expected a validation split")
-    require(stored.meta["tokenizer"], f"{data}: names no tokenizer, expected --tokenizer")
+    require(stored.meta["tokenizer"], f"{data}: names no tokenizer, pass --tokenizer")
     model = load_tokenizer(stored.meta["tokenizer"], device, stored.meta)
 
     names = stored.meta["classes"]
     present = np.unique(pair[1])  # a validation split may lack classes
-    classes = present[class_numbers("", present, 10)]
+    classes = present[class_numbers("", present, 10).numpy()]
     chosen = [np.flatnonzero(pair[1] == label)[:10] for label in classes]
     codes, labels = stored.read(pair, np.concatenate(chosen))
     save_images(out, [model.pixels(row.to(device)) for row in codes.split(10)], labels)
@@ -834,8 +830,9 @@ def reconstruct(images, out, *, tokenizer: str, image_size: int = 0, margin: int
     """Images to codes and back, and the PSNR of the reconstructions
 
     OUT is a .png, rows of images with their reconstructions below, or an .npz of all
-    reconstructions. Their FID is a bound for every model on these codes. image_size, 0: that of the
-    tokenizer's training, 256 for LlamaGen's. margin: pixels per side that the PSNR leaves out.
+    reconstructions. Do not expect a model of these codes to reach a better FID. image_size: 0 is
+    that of the tokenizer's training, 256 for LlamaGen's. margin: pixels per side that the PSNR
+    leaves out.
     """
     _, _, device = setup()
     is_npz = out.endswith(".npz")
@@ -875,19 +872,19 @@ def reconstruct(images, out, *, tokenizer: str, image_size: int = 0, margin: int
 # ---- 9. Processes, and the command line ----------------------------------------------------------
 
 def setup():
-    """-> rank, world_size and device of this process, as torchrun's environment has them"""
+    """-> rank, world_size and device of this process, from torchrun's environment"""
     rank = 0
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:  # RANK alone means nothing: schedulers set it, and shells keep it
         rank = int(os.environ["RANK"])
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # one voice is enough
+        sys.stdout = open(os.devnull, "w")  # only rank 0 prints
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         gpus = torch.cuda.device_count()
-        require(processes <= gpus, f"{processes} processes, expected one for each GPU: {gpus}")
+        require(processes <= gpus, f"{processes} processes, expected at most one per GPU: {gpus}")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
@@ -901,7 +898,7 @@ def setup():
 
 def run_program(main, program):
     """Run main() and exit: 2 after bad input, 130 after Ctrl-C or SIGTERM, with one line each"""
-    for stream in (sys.stdout, sys.stderr):  # a terminal may lack the letters of a file's name
+    for stream in (sys.stdout, sys.stderr):  # a terminal may be unable to show a file's name
         stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = 1
@@ -924,12 +921,12 @@ def run_program(main, program):
 
 
 def complain(error, program="tokenizer.py"):
-    """One line on stderr, whatever a file is called"""
+    """One line on stderr, even if a file's name has line breaks"""
     print(f"{program}: {' '.join(str(error).split())[:1000]}", file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises BadInput, where argparse prints the usage and exits"""
+    """Raises BadInput where argparse would print its usage and exit"""
 
     def __init__(self, *names, **options):
         style = argparse.RawDescriptionHelpFormatter
@@ -945,7 +942,7 @@ def numbers(text):
 
 
 def parse_flags(program, text, target, argv):
-    """Command line -> dict of what it gives of the arguments of `target`, a function or dataclass
+    """Command line -> dict of the arguments it sets for `target`, a function or dataclass
 
     Arguments with a type are flags: int, float, str, tuple (of numbers), or a Literal of choices.
     Numbers must be at least 0 and below 2^31. --help prints the text. Raises BadInput.
@@ -975,7 +972,7 @@ def parse_flags(program, text, target, argv):
 
 
 def run_command(program, text, functions, argv):
-    """Call the function that the first word names, its arguments are flags -> what it returns"""
+    """Call the function named by the first word, with flags as its arguments -> what it returns"""
     argv = sys.argv[1:] if argv is None else argv
     commands = {function.__name__: function for function in functions}
     parser = Parser(program, description=text)
