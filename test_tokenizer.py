@@ -479,7 +479,8 @@ def test_show_decodes_ten_images_of_ten_classes(tmp_path, capsys):
 
 
 def test_show_of_a_single_class(tmp_path, small):
-    images = image_file(tmp_path / "x.npz", random_images(3), labels=np.zeros(3, int))
+    labels = np.zeros(3, int)
+    images = image_file(tmp_path / "x.npz", random_images(3), labels)
     assert encode(images, tmp_path / "data", small) == 0
     assert tokenizer.main(command("show", tmp_path / "data", tmp_path / "x.png")) == 0
 
