@@ -602,7 +602,8 @@ SUFFIX = {"train": "", "val": "_val"}  # of the names of a split's files
 
 def check_new(folder, split):
     """Raises BadInput if the split exists, or if a new train split would meet an old val split"""
-    for name in {"train": ("meta.json", "codes_val.npy"), "val": ("codes_val.npy",)}[split]:
+    names = ["meta.json", "codes_val.npy"] if split == "train" else ["codes_val.npy"]
+    for name in names:
         path = f"{folder}/{name}"
         require(not os.path.exists(path), f"{path} exists; delete it or choose another folder")
 
