@@ -529,9 +529,9 @@ def train(images, out, *, image_size: int = 256, steps: int = 12000, batch: int 
     """
     _, _, device = setup()
     require(codebook_size <= 65536, f"--codebook_size is {codebook_size}, expected at most 65536")
+    require(min(image_size, steps, batch) > 0, "--image_size, --steps or --batch is 0")
     torch.manual_seed(seed)
     model = VQModel(codebook_size, 8, ch, ch_mult, z_channels).to(device)
-    require(min(image_size, steps, batch) > 0, "--image_size, --steps or --batch is 0")
     check_image_size(image_size, model)
     check_output(out)
     require(not os.path.exists(out), f"{out} exists; delete it or choose another file")

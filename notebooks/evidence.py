@@ -78,9 +78,8 @@ def read_lines():
         return [oldest | json.loads(text) for text in file]
 
 
-def multiply_adds(size, data, patches=(1,), lam=0.5):
+def multiply_adds(size, meta, patches=(1,), lam=0.5):
     """Forward multiply-adds per image, as the paper counts them, averaged over the schedule"""
-    meta = Codes(ROOT / data).meta
     average, _ = bench.cost(size, patches, lam, meta["vocab"], meta["grid"])
     return average
 
@@ -110,17 +109,18 @@ def score(folder, data, seed):
 
 def run_one(name, seed, data, size, grid_steps, lr):
     """Train, sample, score and add a line to the results, unless it is there"""
+    path = ROOT / data
+    meta = Codes(path).meta
     steps = grid_steps
     if name.endswith("equal_cost"):
-        steps = round(multiply_adds(size, data, (2, 1)) / multiply_adds(size, data) * steps)
-    path = ROOT / data
+        steps = round(multiply_adds(size, meta, (2, 1)) / multiply_adds(size, meta) * steps)
     flags = RUNS[name].split() + ["--data", str(path), "--model", size, "--seed", str(seed),
                                   "--steps", str(steps), "--eval_every", str(math.ceil(steps / 6))]
     if lr:
         flags += ["--lr", str(lr)]
     cfg = npp.parse(flags)
     key = dict(run=name, seed=seed, data=data, size=size, grid_steps=grid_steps, batch=cfg.batch,
-               images=Codes(path).meta["images"], dropout=cfg.dropout, lr=cfg.lr, version=VERSION)
+               images=meta["images"], dropout=cfg.dropout, lr=cfg.lr, version=VERSION)
     if any(key.items() <= line.items() for line in read_lines()):
         return
 
@@ -131,7 +131,7 @@ def run_one(name, seed, data, size, grid_steps, lr):
         log = [json.loads(text) for text in file]
     validation = [[line["step"], line["val_loss"]] for line in log if "val_loss" in line]
     sweep, best = score(folder, path, seed)
-    cost = multiply_adds(size, data, cfg.patches, cfg.lam) * steps * cfg.batch
+    cost = multiply_adds(size, meta, cfg.patches, cfg.lam) * steps * cfg.batch
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     line = dict(key, patches=cfg.patches, lam=cfg.lam, steps=steps, cost=cost,
                 val_loss=validation[-1][1], sweep=sweep, best=best, validation=validation,
@@ -191,7 +191,7 @@ def print_contrasts(title, arms, contrasts):
 def print_group(lines, minus):
     """lines: comparable runs. minus: the arm that is subtracted from all others"""
     usual = npp.parse(["--model", lines[0]["size"]]).lr
-    next_token = multiply_adds(lines[0]["size"], lines[0]["data"])
+    next_token = multiply_adds(lines[0]["size"], Codes(ROOT / lines[0]["data"]).meta)
     arms = {}
     rows = {}
     for line in sorted(lines, key=itemgetter("run", "lr")):
